@@ -1,0 +1,293 @@
+"""Run one technique on one model: fetch, transform, seal, save, record. The one imperative shell around pure techniques.
+
+A step is known by what goes in: its key is the digest of source, technique, config, data, seed and code. A finished run
+with that key is reused; anything else leaves nothing behind that could be mistaken for a result.
+"""
+
+from __future__ import annotations
+
+import ast
+import errno
+import hashlib
+import importlib.util
+import json
+import resource
+import shutil
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from slimline import artifact, progress, store, technique
+from slimline.artifact import Manifest, Stage
+from slimline.errors import ModelError, SlimlineError, StoreError
+from slimline.fetch import local
+from slimline.technique import BaseConfig, Metrics, Technique
+
+
+class Input(NamedTuple):
+    """Something that goes into a step: its ref, where it lies now, its digest, and its manifest if it is sealed."""
+
+    ref: str
+    path: Path
+    digest: str
+    manifest: Manifest | None
+
+
+def run(name: str, source: str, options: dict[str, Any]) -> tuple[str, Metrics]:
+    """Run 'stage.method' on what `source` names. Returns the ref of the result and its metrics.
+
+    The method `none` passes the ref through. Options that are None or "" are left to their defaults. A finished step
+    with equal inputs is reused. Raises a SlimlineError of the kind that fits.
+    """
+    if name.endswith(".none"):
+        return source, {}
+    with reporting(name):
+        module = technique.find(name)
+        config = technique.configure(module, {k: v for k, v in options.items() if v is not None and v != ""})
+        origin = resolve(source)
+        given = origin.manifest.format if origin.manifest else "path"
+        if module.NEEDS not in ("any", given):
+            raise ModelError(_misfit(name, module.NEEDS, source, given))
+        seconds = {key: _resolve_option(getattr(config, key)) for key in technique.stored_fields(type(config))}
+        return perform(
+            name, config, {"source": origin}, seconds, code_digest(module.__name__),
+            lambda out, tell: _transform(module, config, origin, seconds, out, tell),
+        )  # fmt: skip
+
+
+def perform(
+    name: str,
+    config: BaseConfig,
+    sources: dict[str, Input],
+    options: dict[str, list[Input]],
+    code: str,
+    make: Callable[[Path, technique.Listener], Made],
+) -> tuple[str, Metrics]:
+    """Return the finished run with this key, or make, seal, save and then mark finished."""
+    data = {key: _digest_of(inputs) for key, inputs in options.items() if inputs}
+    plain = {k: v for k, v in config.model_dump(mode="json").items() if k not in options}
+    digests = {key: value.digest for key, value in sources.items()}
+    key = hashlib.sha256(_canonical([name, digests, plain, data, code])).hexdigest()
+    if found := _reusable(key):
+        store.note_reuse(name, store.run_id_of(found))
+        metrics = store.metrics(store.run_id_of(found))
+        progress.emit("end", name, ref=found, reused=True, seconds=0.0, metrics=metrics)
+        return found, metrics
+
+    tags = {"key": key, "source": next(iter(sources.values())).ref, **{f"data.{k}": v for k, v in data.items()}}
+    with store.step_run(name, {store.PREFIX + k: v for k, v in tags.items()}, config.model_dump(mode="json")) as run_id:
+        for value in (*sources.values(), *(i for inputs in options.values() for i in inputs)):
+            if value.manifest is None:
+                store.log_data(run_id, value.path, value.digest, name)
+            else:
+                store.link_input(run_id, value.ref)
+        with tempfile.TemporaryDirectory(prefix="slimline-") as scratch:
+            out = Path(scratch) / "model"
+            out.mkdir()
+            start = time.perf_counter()
+            made = make(out, _teller(name))
+            cost = time.perf_counter() - start
+            stage = Stage(
+                technique=name,
+                config=config.model_dump(mode="json"),
+                metrics=made.metrics,
+                parent=made.parent,
+                data=data,
+                seed=int(getattr(config, "seed", 0)),
+                code=code,
+                seconds=cost,
+                peak_memory_bytes=peak_memory_bytes(),
+            )
+            manifest = artifact.seal(
+                out, format=made.format, task=made.task, labels=made.labels, base=made.base,
+                history=(*made.history, stage),
+            )  # fmt: skip
+            ref = store.save(run_id, out, manifest)
+        numbers = {**made.metrics, "step_seconds": cost, "step_peak_memory_bytes": float(stage.peak_memory_bytes)}
+        store.log_metrics(run_id, numbers)
+    progress.emit("end", name, ref=ref, reused=False, seconds=cost, metrics=numbers)
+    return ref, numbers
+
+
+class Made(NamedTuple):
+    """What `perform` needs to know of what was made, to seal it."""
+
+    metrics: Metrics
+    format: artifact.Format
+    task: str
+    labels: tuple[str, ...]
+    base: str
+    parent: str
+    history: tuple[Stage, ...]
+
+
+def _transform(
+    module: Technique,
+    config: BaseConfig,
+    origin: Input,
+    seconds: dict[str, list[Input]],
+    out: Path,
+    tell: technique.Listener,
+) -> Made:
+    paths = {key: _paths(getattr(config, key), inputs) for key, inputs in seconds.items()}
+    with technique.listening(tell):
+        metrics = module.run(origin.path, out, config.model_copy(update=paths))
+    before = origin.manifest
+    labels = _labels(out) or (before.labels if before else ())
+    return Made(
+        metrics={key: float(value) for key, value in metrics.items()},
+        format=module.GIVES,  # type: ignore[arg-type]
+        task="text-classification" if labels else "",
+        labels=labels,
+        base=before.base if before else origin.ref,
+        parent=origin.digest,
+        history=before.history if before else (),
+    )
+
+
+def resolve(ref: str) -> Input:
+    """What a ref names, here and verified."""
+    path = local.locate(ref) if ref.startswith("package:") else store.fetch(ref)
+    sealed = path.is_dir() and (path / artifact.MANIFEST).is_file()
+    manifest = artifact.read(path) if sealed else None
+    return Input(ref, path, manifest.digest if manifest else artifact.digest(path), manifest)
+
+
+def code_digest(module: str) -> str:
+    """Digest of a module's source and of all slimline modules it imports, at any depth and inside functions too."""
+    whole, todo, seen = hashlib.sha256(), [module], set()
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin and spec.origin.endswith(".py"):
+            todo += _imports(Path(spec.origin).read_text(encoding="utf-8"))
+    for name in sorted(seen - PLUMBING):
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin:
+            whole.update(name.encode() + Path(spec.origin).read_bytes())
+    return whole.hexdigest()
+
+
+# What carries and describes a technique without changing its numbers: an edit here must not throw hours away.
+PLUMBING = {"slimline", "slimline.errors", "slimline.artifact", "slimline.technique"}
+
+
+def _imports(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.split(".")[0] == "slimline")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "slimline":
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if _is_module(whole) else str(node.module)
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@contextmanager
+def reporting(name: str) -> Iterator[None]:
+    """Tell the watcher that a step starts and, if so, why it failed; a full disk and a kill are said as what they are."""
+    progress.emit("start", name)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(SystemExit(143)))
+    try:
+        yield
+    except SlimlineError as error:
+        progress.emit("error", name, kind=type(error).__name__, message=str(error))
+        raise
+    except Exception as error:
+        known = _disk_full(error)
+        message = str(known) if known else f"{name} failed unexpectedly: {type(error).__name__}: {error}"
+        kind = "StoreError" if known else "SlimlineError"
+        progress.emit("error", name, kind=kind, message=message, traceback=traceback.format_exc())
+        if known:
+            raise known from error
+        raise
+
+
+def _disk_full(error: BaseException | None) -> StoreError | None:
+    """StoreError if the reason, at any depth, is that no space was left; libraries wrap it in errors of their own."""
+    while error is not None:
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
+            sign in str(error) for sign in ("No space left", "disk is full", "File too large", "os error 28")
+        ):
+            free = ", ".join(
+                f"{shutil.disk_usage(place).free / 1e6:.0f} MB free in {place}"
+                for place in dict.fromkeys([Path(tempfile.gettempdir()), store.home().parent])
+            )
+            return StoreError(f"the disk is full ({free}). Make room, or set TMPDIR and SLIMLINE_STORE elsewhere.")
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _reusable(key: str) -> str | None:
+    run_id = store.find_finished(key)
+    if run_id is None:
+        return None
+    for ref in (f"runs:/{run_id}/model", f"runs:/{run_id}/evaluation"):
+        try:
+            store.fetch(ref)
+            return ref
+        except SlimlineError:
+            continue  # changed or gone since: make it again rather than hand it on
+    return None
+
+
+def _teller(name: str) -> technique.Listener:
+    def tell(what: str, done: int, total: int, note: str) -> None:
+        progress.emit("progress", name, what=what, done=done, total=total, note=note)
+
+    return tell
+
+
+def _resolve_option(value: Any) -> list[Input]:
+    return [resolve(ref) for ref in ([value] if isinstance(value, str) else value) if ref]
+
+
+def _paths(value: Any, inputs: list[Input]) -> Any:
+    if isinstance(value, str):
+        return str(inputs[0].path) if inputs else ""
+    return tuple(str(i.path) for i in inputs)
+
+
+def _digest_of(inputs: list[Input]) -> str:
+    return inputs[0].digest if len(inputs) == 1 else hashlib.sha256("".join(i.digest for i in inputs).encode()).hexdigest()
+
+
+def _labels(out: Path) -> tuple[str, ...]:
+    file = out / "config.json"
+    if not file.is_file():
+        return ()
+    table = json.loads(file.read_text(encoding="utf-8")).get("id2label") or {}
+    return tuple(str(table[key]) for key in sorted(table, key=int))
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def _misfit(name: str, needs: str, source: str, given: str) -> str:
+    if given == "path":
+        return f"{name} needs a sealed {needs} model but {source} is a plain folder or file. Bring it in with fetch.local first."
+    where = "before export" if (needs, given) == ("hf", "onnx") else "after export" if needs == "onnx" else "elsewhere"
+    return f"{name} needs {needs} but {source} is {given}. Put this step {where}."
