@@ -1,0 +1,1 @@
+"""The compositions: one file is one entry on the Kubeflow page."""

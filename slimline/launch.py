@@ -1,0 +1,215 @@
+"""The client side of Kubeflow: compile a pipeline, and run a compiled one here. The only file that imports kfp.
+
+`kfp.local` walks the pipeline; each step runs in a process of its own, forked from one server that has imported the
+slow libraries once. Starting Python and importing torch, MLflow and kfp anew would cost each of twenty steps 6 s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import multiprocessing
+import os
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from slimline import errors, recipe, store
+from slimline.errors import ConfigError, SlimlineError
+
+Event = dict[str, Any]
+Watcher = Callable[[Event], None]
+
+
+class Outcome(NamedTuple):
+    """What a run came to: its parent run, its log, the seconds it took in all and inside techniques, and its summary."""
+
+    run_id: str
+    log: Path
+    seconds: float
+    technique_seconds: float
+    summary: Event
+
+
+def run(pipeline: str, values: dict[str, Any], watch: Watcher, command: str | None = None) -> Outcome:
+    """Run a compiled pipeline on this machine and return what came of it.
+
+    The recipe is checked first; then the steps run in order, each reused if it has finished before with equal inputs.
+    Raises the SlimlineError that a step ended with; everything up to that step stays finished.
+    """
+    file = recipe.pipeline_file(pipeline)
+    spec = next(yaml.safe_load_all(file.read_text(encoding="utf-8")))
+    values = recipe.check(spec, values)
+    start = time.monotonic()
+    name = str(spec["pipelineInfo"]["name"])
+    store.client()
+    run_id = store.start_pipeline(f"{name} {values.get('name', '')}".strip(), name, values, command or _command())
+    folder = store.home() / "runs" / run_id
+    folder.mkdir(parents=True)
+    log, events = folder / "log.txt", folder / "events.jsonl"
+    events.touch()
+    watch({"event": "run", "run_id": run_id, "log": str(log), "steps": len(spec["root"]["dag"]["tasks"])})
+    environment = {
+        **os.environ, "SLIMLINE_PARENT_RUN": run_id, "SLIMLINE_PROGRESS": str(events),
+        "MLFLOW_TRACKING_URI": store.uri(), "SLIMLINE_STORE": str(store.home()), "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    status = "FAILED"
+    seen: list[Event] = []
+    try:
+        with following(events, lambda event: (seen.append(event), watch(event))):
+            _execute(file, values, folder, log, environment)
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    except RuntimeError as error:
+        raise _reason(seen, log, error) from None
+    finally:
+        store.end(run_id, status)
+    summary = next((event for event in reversed(seen) if event["event"] == "summary"), {})
+    inside = sum(event.get("seconds", 0.0) for event in seen if event["event"] == "end")
+    return Outcome(run_id, log, time.monotonic() - start, inside, summary)
+
+
+def compile(pipeline: str, out: Path) -> None:
+    """Write a compiled pipeline: from its Python source if `pipeline` is a .py file, else the one that comes along."""
+    if not pipeline.endswith(".py"):
+        shutil.copyfile(recipe.pipeline_file(pipeline), out)
+        return
+    if not Path(pipeline).is_file():
+        raise ConfigError(f"{pipeline} does not exist. Give a pipeline's name or its .py file.")
+    root = str(Path(pipeline).resolve().parent.parent)
+    made = subprocess.run(
+        [sys.executable, "-m", "kfp", "dsl", "compile", "--disable-execution-caching-by-default",
+         "--py", pipeline, "--output", str(out)],
+        env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True,
+    )  # fmt: skip
+    if made.returncode:
+        last = (made.stderr.strip() or made.stdout.strip()).split("\n")[-1]
+        raise ConfigError(f"{pipeline} does not compile: {last}")
+
+
+def _execute(file: Path, values: dict[str, Any], folder: Path, log: Path, environment: dict[str, str]) -> None:
+    try:
+        from kfp import components, local
+        from kfp.local import subprocess_task_handler
+    except ImportError:
+        raise ConfigError("running a pipeline needs kfp. Install it with `pip install 'slimline[launch]'`.") from None
+
+    with log.open("a", encoding="utf-8") as handle, tempfile.TemporaryDirectory(prefix="slimline-") as scratch:
+        worker = Worker(log, environment, Path(scratch))
+        local.init(
+            local.SubprocessRunner(use_venv=False),
+            pipeline_root=str(folder / "kfp"),
+            workspace_root=scratch,
+            raise_on_error=True,
+        )
+        plain = subprocess_task_handler.run_local_subprocess
+        subprocess_task_handler.run_local_subprocess = worker.run
+        try:
+            with contextlib.redirect_stdout(handle), contextlib.redirect_stderr(handle):
+                components.load_component_from_file(str(file))(**values)
+        finally:
+            subprocess_task_handler.run_local_subprocess = plain
+            worker.stop()
+
+
+class Worker:
+    """Runs the command of a lightweight component in a process forked from a server that has the libraries loaded."""
+
+    def __init__(self, log: Path, environment: dict[str, str], scratch: Path) -> None:
+        self.log, self.environment, self.scratch = log, environment, scratch
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["slimline._warm"])
+        self.process: Any = None
+
+    def run(self, full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
+        """kfp's own `sh -ec <script> <source> <arguments>`, without the shell. Returns the exit code."""
+        from kfp.dsl import component_factory
+
+        script = next(i for i, part in enumerate(full_command) if component_factory.EXECUTOR_MODULE in part)
+        source, arguments = full_command[script + 1], full_command[script + 2 :]
+        module = Path(tempfile.mkdtemp(dir=self.scratch)) / "ephemeral_component.py"
+        module.write_text(source, encoding="utf-8")
+        argv = ["executor", "--component_module_path", str(module), *arguments]
+        environment = {**self.environment, **(env_vars or {}), "_KFP_RUNTIME": "true"}
+        self.process = self.context.Process(target=_task, args=(argv, environment, str(self.log)))
+        self.process.start()
+        self.process.join()
+        return int(self.process.exitcode)
+
+    def stop(self) -> None:
+        """End the step that still runs, if any, and give it time to say so in the store."""
+        if self.process is not None and self.process.is_alive():
+            self.process.terminate()
+            self.process.join(20)
+            self.process.kill()
+
+
+def _task(argv: list[str], environment: dict[str, str], log: str) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM: a step does not outlive a killed run
+    os.environ.clear()
+    os.environ.update(environment)
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.argv = argv
+    runpy.run_module("kfp.dsl.executor_main", run_name="__main__", alter_sys=True)
+
+
+@contextlib.contextmanager
+def following(file: Path, tell: Callable[[Event], Any]) -> Iterator[None]:
+    """Hand every event to `tell` as it is written, and all that are left at the end."""
+    stop = threading.Event()
+
+    def follow() -> None:
+        with file.open(encoding="utf-8") as handle:
+            part = ""
+            while True:
+                last = stop.is_set()
+                for line in handle:
+                    part += line
+                    if part.endswith("\n"):
+                        tell(json.loads(part))
+                        part = ""
+                if last:
+                    return
+                stop.wait(0.2)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _reason(seen: list[Event], log: Path, error: Exception) -> SlimlineError:
+    for event in reversed(seen):
+        if event["event"] == "error":
+            if event["kind"] == "SlimlineError":
+                return SlimlineError(f"{event['message']}. The log is {log}.")
+            return errors.by_name(event["kind"], event["message"])
+    started = [event["step"] for event in seen if event["event"] == "start"]
+    where = f"step {started[-1]}" if started else "a step"
+    return errors.StoreError(
+        f"{where} ended without a word, killed perhaps (out of memory?). Run the same command again: finished steps "
+        f"are reused. The log is {log}."
+    )
+
+
+def _command() -> str:
+    return shlex.join(["slimline", *sys.argv[1:]])

@@ -1,0 +1,151 @@
+"""A recipe: a YAML file of pipeline parameters, nothing more, checked whole before anything runs.
+
+The parameters and their types come from the compiled pipeline, the options of each technique from its Config, so that a
+typing mistake in the last stage is said in the first second and not after an hour of training.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slimline import technique
+from slimline.errors import ConfigError, DataError
+
+TYPES: dict[str, tuple[type, ...]] = {
+    "STRING": (str,),
+    "NUMBER_INTEGER": (int,),
+    "NUMBER_DOUBLE": (int, float),
+    "BOOLEAN": (bool,),
+    "LIST": (list,),
+    "STRUCT": (dict,),
+}
+WORDS = {
+    "STRING": "text", "NUMBER_INTEGER": "a whole number", "NUMBER_DOUBLE": "a number",
+    "BOOLEAN": "true or false", "LIST": "a list", "STRUCT": "a mapping",
+}  # fmt: skip
+
+
+def pipelines() -> list[str]:
+    """Names of the compiled pipelines that come with slimline."""
+    folder = resources.files("slimline") / "compiled"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def pipeline_file(pipeline: str) -> Path:
+    """The compiled pipeline of this name, or the file itself if it is one."""
+    if pipeline.endswith((".yaml", ".yml")):
+        if not Path(pipeline).is_file():
+            raise ConfigError(f"{pipeline} does not exist. Compile it with `slimline compile`.")
+        return Path(pipeline)
+    if pipeline not in pipelines():
+        raise ConfigError(f"no pipeline {pipeline!r}. There is: {', '.join(pipelines())}, or give a compiled .yaml file.")
+    return Path(str(resources.files("slimline") / "compiled" / f"{pipeline}.yaml"))
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The parameters in a recipe file; relative paths of `data` and `source` are taken from the file's folder."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file} does not exist. Give a recipe with -f.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        where = str(error).split("\n")[0]
+        raise ConfigError(f"{file} is not a recipe: {where}. It must be YAML in UTF-8.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} is not a recipe: it must be lines of `parameter: value`.")
+    for key in ("data", "source"):
+        value = values.get(key)
+        if isinstance(value, str) and "://" not in value and (file.parent / value).exists():
+            values[key] = str(file.parent / value)
+    return values
+
+
+def assign(pairs: list[str]) -> dict[str, Any]:
+    """Parameters from `--set name=value`, values read as YAML; `options.key=value` reaches into a mapping."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"{pair!r} is not name=value.")
+        name, _, inner = name.partition(".")
+        value = yaml.safe_load(text) if text else ""
+        if inner:
+            values.setdefault(name, {})[inner] = value
+        else:
+            values[name] = value
+    return values
+
+
+def check(spec: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The values a pipeline will run with, defaults filled in. Raises ConfigError or DataError for what cannot be."""
+    known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"the pipeline has no parameter {name!r}.{hint} It has: {', '.join(sorted(known))}.")
+    whole = {}
+    for name, definition in known.items():
+        if name in values:
+            whole[name] = _typed(name, values[name], definition["parameterType"])
+        elif "defaultValue" in definition:
+            default = definition["defaultValue"]
+            whole[name] = int(default) if definition["parameterType"] == "NUMBER_INTEGER" else default
+        else:
+            meaning = definition.get("description", "").rstrip(".")
+            raise ConfigError(f"parameter {name!r} is required ({meaning}). Put it into the recipe, or --set {name}=...")
+    _check_techniques(spec, whole)
+    _check_files(whole)
+    return whole
+
+
+def _typed(name: str, value: Any, kind: str) -> Any:
+    # YAML 1.1 reads 5e-5 as text: a number is meant.
+    if kind in ("NUMBER_DOUBLE", "NUMBER_INTEGER") and isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d*)?e-?\d+", value):
+        value = float(value)
+    wrong = not isinstance(value, TYPES[kind]) or (isinstance(value, bool) and kind != "BOOLEAN")
+    if wrong:
+        raise ConfigError(f"parameter {name!r} is {value!r}, but {WORDS[kind]} is needed.")
+    return float(value) if kind == "NUMBER_DOUBLE" else value
+
+
+def _check_techniques(spec: dict[str, Any], values: dict[str, Any]) -> None:
+    """Find and configure every technique that the pipeline will run, with stand-ins for what earlier steps will make."""
+    for task in spec["root"]["dag"]["tasks"].values():
+        stage = re.sub(r"^comp-|-\d+$", "", task["componentRef"]["name"]).split("-")[0]
+        component = spec["components"][task["componentRef"]["name"]]["inputDefinitions"]["parameters"]
+        given = {}
+        for key, definition in component.items():
+            given[key] = _argument(task["inputs"]["parameters"].get(key, {}), definition, values)
+        method, options = given.get("method"), given.get("options") or {}
+        if stage not in technique.STAGES or not isinstance(method, str) or method == "none":
+            continue
+        module = technique.find(f"{stage}.{method}")
+        knobs = {k: v for k, v in given.items() if k not in ("method", "options", "source") and v not in (None, "")}
+        technique.configure(module, {**knobs, **options})
+
+
+PENDING = "made by an earlier step"
+
+
+def _argument(given: dict[str, Any], definition: dict[str, Any], values: dict[str, Any]) -> Any:
+    if "componentInputParameter" in given:
+        return values.get(given["componentInputParameter"])
+    if "taskOutputParameter" in given:
+        return PENDING
+    value = given.get("runtimeValue", {}).get("constant", definition.get("defaultValue"))
+    integral = definition["parameterType"] == "NUMBER_INTEGER" and value is not None
+    return int(value) if integral else value
+
+
+def _check_files(values: dict[str, Any]) -> None:
+    for name in ("data", "source"):
+        value = values.get(name)
+        if isinstance(value, str) and ":" not in value and not Path(value).expanduser().exists():
+            raise DataError(f"{name} {value!r} does not exist in {Path.cwd()}. Give a path, or a ref.")
