@@ -11,7 +11,6 @@ import ctypes
 import json
 import multiprocessing
 import os
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -166,7 +165,9 @@ def _task(argv: list[str], environment: dict[str, str], log: str) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.argv = argv
-    runpy.run_module("kfp.dsl.executor_main", run_name="__main__", alter_sys=True)
+    from kfp.dsl import executor_main
+
+    executor_main.executor_main()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,307 @@
+"""The command line. Results go to stdout, progress to stderr; errors are one sentence and an exit code (errors.py)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from slimline import __version__, recipe, technique
+from slimline.errors import ConfigError, GateError, SlimlineError
+from slimline.view import View, results_table
+
+app = typer.Typer(
+    name="slimline",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="The smallest, fastest version of your transformer that provably stays within your quality limit.",
+)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable, on stdout.")]
+
+
+@app.command()
+def run(
+    pipeline: Annotated[str, typer.Argument(help="A pipeline's name (optimize) or a compiled .yaml file.")],
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="Recipe: a YAML file of parameters.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A parameter, as name=value; wins over -f.")] = None,
+    require_pass: Annotated[bool, typer.Option(help="Exit with 4 unless the verdict is PASS.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """Run a pipeline on this machine; finished steps are reused."""
+    from slimline import launch
+
+    values = _merge(recipe.read(file) if file else {}, recipe.assign(set_ or []))
+    with View(err) as view:
+        outcome = launch.run(pipeline, values, view.on_event)
+    summary = outcome.summary
+    overhead = outcome.seconds - outcome.technique_seconds
+    if json_:
+        out.print_json(json.dumps({**summary, "run_id": outcome.run_id, "seconds": outcome.seconds}))
+    elif summary:
+        _print_summary(summary, outcome.log)
+        out.print(f"{outcome.seconds:.0f} s in all, {overhead:.0f} s of them outside the steps' own work.", style="dim")
+    if require_pass and summary.get("status") != "PASS":
+        raise GateError(f"the verdict is {summary.get('status', 'missing')} and --require-pass was given.")
+
+
+def _print_summary(summary: dict[str, Any], log: Path) -> None:
+    name = summary["name"]
+    out.print(results_table(summary["rows"]))
+    out.print(f"\n[bold]{escape(summary['sentence'])}[/bold]")
+    out.print(escape(summary["outcome"]))
+    out.print(f"\nReport   {summary['report']}", soft_wrap=True)
+    out.print(f"Log      {log}", soft_wrap=True)
+    ref = f"models:/{name}@champion" if summary["promoted"] else f"models:/{name}/{summary['version']}"
+    out.print(
+        f"\nNext     slimline show {ref}\n"
+        f"         slimline predict {ref} 'a film to remember'\n"
+        f"         slimline ui\n",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def compile(
+    pipeline: Annotated[str, typer.Argument(help="A pipeline's name, or its .py file in pipelines/.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the YAML goes.")],
+) -> None:
+    """Write a compiled pipeline, to upload to Kubeflow."""
+    from slimline import launch
+
+    launch.compile(pipeline, output)
+    out.print(f"{output}")
+
+
+@app.command()
+def step(
+    name: Annotated[str, typer.Argument(help="A technique, such as prune.heads.")],
+    source: Annotated[Path, typer.Argument(help="The folder of a model.")],
+    output: Annotated[Path, typer.Argument(help="A folder that does not exist yet, for the result.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="An option, as name=value.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """Run one technique on a folder, outside any store: to debug, or to replay a failure."""
+    from slimline import step as steps
+
+    with View(err) as view:
+        numbers = steps.run_on_folder(name, source, output, recipe.assign(set_ or []), view.on_event)
+    if json_:
+        out.print_json(json.dumps(numbers))
+    else:
+        for key, value in numbers.items():
+            out.print(f"{key:32} {value:.6g}")
+        out.print(f"{output}")
+
+
+@app.command()
+def techniques(
+    name: Annotated[str | None, typer.Argument(help="A stage (prune) or a technique (prune.heads).")] = None,
+    json_: AsJson = False,
+) -> None:
+    """What there is, and each one's options with bounds, meaning and paper."""
+    if name and "." in name:
+        module = technique.find(name)
+        schema = module.Config.model_json_schema()
+        if json_:
+            out.print_json(json.dumps({"technique": name, "needs": module.NEEDS, "gives": module.GIVES, **schema}))
+            return
+        out.print(f"[bold]{name}[/bold]  needs {module.NEEDS}, gives {module.GIVES}\n")
+        out.print(escape((module.__doc__ or "").strip()) + "\n")
+        out.print(_options_table(schema))
+        return
+    found = [f"{name}.{m}" for m in technique.names(name)] if name else technique.all_names()
+    lines = {n: (technique.find(n).__doc__ or "").strip().split("\n")[0] for n in found}
+    if json_:
+        out.print_json(json.dumps(lines))
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("technique", style="bold")
+    table.add_column("what it does")
+    for key, line in lines.items():
+        table.add_row(key, escape(line))
+    out.print(table)
+
+
+def _options_table(schema: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("option", "type", "default", "bounds", "meaning"):
+        table.add_column(column, style="bold" if column == "option" else "")
+    signs = {"minimum": ">=", "maximum": "<=", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
+    for key, field in schema.get("properties", {}).items():
+        bounds = " ".join(f"{sign}{field[bound]:g}" for bound, sign in signs.items() if bound in field)
+        if "enum" in field:
+            bounds = " | ".join(map(str, field["enum"]))
+        default = "required" if key in schema.get("required", []) else json.dumps(field.get("default"))
+        table.add_row(key, field.get("type", ""), escape(default), escape(bounds), escape(field.get("description", "")))
+    return table
+
+
+@app.command()
+def show(ref: Annotated[str, typer.Argument(help="models:/name@champion, runs:/id/model, or a folder.")], json_: AsJson = False) -> None:
+    """What a model is, and everything that was done to it."""
+    from slimline import release
+
+    about = release.about(ref)
+    if json_:
+        out.print_json(json.dumps(about))
+        return
+    out.print(f"[bold]{escape(ref)}[/bold]")
+    for key in ("version", "aliases", "verdict", "format", "task", "labels", "base", "digest", "size_bytes"):
+        if about.get(key) not in (None, "", []):
+            value = about[key]
+            text = f"{value / 1e6:.1f} MB" if key == "size_bytes" else ", ".join(value) if isinstance(value, list) else str(value)
+            out.print(f"  {key:11} {escape(text)}", soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "seconds", "options", "metrics"):
+        table.add_column(column, style="bold" if column == "stage" else "", overflow="fold")
+    for stage in about["history"]:
+        options = " ".join(f"{k}={v}" for k, v in stage["config"].items() if v not in ("", None))
+        numbers = " ".join(f"{k}={v:.4g}" for k, v in stage["metrics"].items())
+        table.add_row(stage["technique"], f"{stage['seconds']:.0f}", escape(options), escape(numbers))
+    out.print(table)
+
+
+@app.command()
+def report(
+    ref: Annotated[str, typer.Argument(help="models:/name@champion, models:/name/3, or the id of a pipeline run.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Copy the page to this file.")] = None,
+) -> None:
+    """Where the page about a model's making is."""
+    from slimline import release
+
+    page = release.report_file(ref)
+    if output:
+        output.write_bytes(page.read_bytes())
+    out.print(str(output or page), soft_wrap=True)
+
+
+@app.command()
+def predict(
+    ref: Annotated[str, typer.Argument(help="Ref of a model.")],
+    texts: Annotated[list[str], typer.Argument(help="Texts to label.")],
+    json_: AsJson = False,
+) -> None:
+    """Label texts with a stored model."""
+    from slimline import serve, store
+
+    answers = serve.load(store.fetch(ref)).predict(texts)
+    if json_:
+        out.print_json(json.dumps(answers))
+        return
+    for text, answer in zip(texts, answers, strict=True):
+        out.print(f"{escape(str(answer['label']))}  {answer['score']:.3f}  {escape(text)}", soft_wrap=True)
+
+
+@app.command()
+def promote(
+    name: Annotated[str, typer.Argument(help="Registered model.")],
+    version: Annotated[int | None, typer.Argument(help="Its version; without one, the challenger.")] = None,
+    allow_inconclusive: Annotated[bool, typer.Option(help="Promote although nothing is proven; recorded.")] = False,
+) -> None:
+    """Make a version the champion, if its verdict allows and nobody was faster."""
+    from slimline import release
+
+    out.print(escape(release.promote(name, version, allow_inconclusive=allow_inconclusive)))
+
+
+@app.command()
+def rollback(name: Annotated[str, typer.Argument(help="Registered model.")]) -> None:
+    """Give the champion's place back to the one before."""
+    from slimline import release
+
+    out.print(escape(release.rollback(name)))
+
+
+@app.command()
+def doctor(json_: AsJson = False) -> None:
+    """What this machine has, and what follows from it."""
+    from slimline import doctor as clinic
+    from slimline import release
+
+    findings = clinic.examine(store=release.examine_store)
+    if json_:
+        out.print_json(findings.model_dump_json())
+        return
+    for line in findings.lines():
+        out.print(escape(line), soft_wrap=True)
+
+
+@app.command()
+def ui(port: Annotated[int, typer.Option(help="Where it listens.")] = 5000) -> None:
+    """MLflow's own page on this store."""
+    from slimline import store
+
+    store.client()
+    if store.uri().startswith("http"):
+        out.print(f"The store is a server: open {store.uri()}")
+        return
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store.uri(), "--port", str(port)]
+    out.print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)")
+    os.execv(sys.executable, command)
+
+
+@app.callback(invoke_without_command=True)
+def about(version: Annotated[bool, typer.Option("--version", help="Say the version and stop.")] = False) -> None:
+    if version:
+        out.print(f"slimline {__version__}")
+        raise typer.Exit
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` wins; mappings are merged."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def main() -> NoReturn:
+    """Run a command; every failure becomes one sentence and the exit code of its kind."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(standalone_mode=False)
+        code = 0
+    except SlimlineError as error:
+        code = _say(str(error), error.exit_code)
+    except typer.Exit as stop:
+        code = int(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _say("stopped. The same command goes on where it was.", 130)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)
+        if usage is not None:
+            code = _say(f"{usage()} See `slimline --help`.", ConfigError.exit_code)
+        else:
+            traceback.print_exc()
+            code = _say("this is a mistake in slimline itself. Please report it with the lines above.", 1)
+    sys.exit(code)
+
+
+def _say(sentence: str, code: int) -> int:
+    err.print(f"[red]error:[/red] {escape(sentence)}", soft_wrap=True)
+    return code
+
+
+def _terminate(*_: Any) -> NoReturn:
+    raise SystemExit(143)
+
+
+if __name__ == "__main__":
+    main()
