@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from slimline import artifact, progress, store, technique
 from slimline.artifact import Manifest, Stage
-from slimline.errors import ModelError, SlimlineError, StoreError
+from slimline.errors import ConfigError, ModelError, SlimlineError, StoreError
 from slimline.fetch import local
 from slimline.technique import BaseConfig, Metrics, Technique
 
@@ -93,23 +93,10 @@ def perform(
             start = time.perf_counter()
             made = make(out, _teller(name))
             cost = time.perf_counter() - start
-            stage = Stage(
-                technique=name,
-                config=config.model_dump(mode="json"),
-                metrics=made.metrics,
-                parent=made.parent,
-                data=data,
-                seed=int(getattr(config, "seed", 0)),
-                code=code,
-                seconds=cost,
-                peak_memory_bytes=peak_memory_bytes(),
-            )
-            manifest = artifact.seal(
-                out, format=made.format, task=made.task, labels=made.labels, base=made.base,
-                history=(*made.history, stage),
-            )  # fmt: skip
+            manifest = _seal(out, made, name, config, data, code, cost)
             ref = store.save(run_id, out, manifest)
-        numbers = {**made.metrics, "step_seconds": cost, "step_peak_memory_bytes": float(stage.peak_memory_bytes)}
+        peak = float(manifest.history[-1].peak_memory_bytes)
+        numbers = {**made.metrics, "step_seconds": cost, "step_peak_memory_bytes": peak}
         store.log_metrics(run_id, numbers)
     progress.emit("end", name, ref=ref, reused=False, seconds=cost, metrics=numbers)
     return ref, numbers
@@ -125,6 +112,57 @@ class Made(NamedTuple):
     base: str
     parent: str
     history: tuple[Stage, ...]
+
+
+def run_on_folder(
+    name: str, source: Path, out: Path, options: dict[str, Any], watch: Callable[[dict[str, Any]], None]
+) -> Metrics:
+    """Run one technique on a folder into a new folder, with no store: what `slimline step` does."""
+    if out.exists():
+        raise ConfigError(f"{out} exists already. Name a folder that does not.")
+    module = technique.find(name)
+    config = technique.configure(module, options)
+    origin = resolve(str(source))
+    given = origin.manifest.format if origin.manifest else "path"
+    if module.NEEDS not in ("any", given):
+        raise ModelError(_misfit(name, module.NEEDS, str(source), given))
+    seconds = {key: _resolve_option(getattr(config, key)) for key in technique.stored_fields(type(config))}
+    data = {key: _digest_of(inputs) for key, inputs in seconds.items() if inputs}
+    watch({"event": "start", "step": name})
+
+    def tell(what: str, done: int, total: int, note: str) -> None:
+        watch({"event": "progress", "step": name, "what": what, "done": done, "total": total, "note": note})
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".slimline-") as scratch:
+        made_in, start = Path(scratch) / "model", time.perf_counter()
+        made_in.mkdir()
+        made = _transform(module, config, origin, seconds, made_in, tell)
+        cost = time.perf_counter() - start
+        _seal(made_in, made, name, config, data, code_digest(module.__name__), cost)
+        made_in.rename(out)
+    watch({"event": "end", "step": name, "reused": False, "seconds": cost})
+    return made.metrics
+
+
+def _seal(
+    out: Path, made: Made, name: str, config: BaseConfig, data: dict[str, str], code: str, cost: float
+) -> Manifest:
+    stage = Stage(
+        technique=name,
+        config=config.model_dump(mode="json"),
+        metrics=made.metrics,
+        parent=made.parent,
+        data=data,
+        seed=int(getattr(config, "seed", 0)),
+        code=code,
+        seconds=cost,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+    return artifact.seal(
+        out, format=made.format, task=made.task, labels=made.labels, base=made.base,
+        history=(*made.history, stage),
+    )  # fmt: skip
 
 
 def _transform(

@@ -18,13 +18,16 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+# MLflow reads these while it is imported: no telemetry, no bars and no chatter in a step's log, bounded retries.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
@@ -48,7 +51,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
-from slimline import artifact
+from slimline import __version__, artifact
 from slimline.artifact import Manifest
 from slimline.errors import ConfigError, StoreError
 
@@ -254,14 +257,16 @@ def save(run_id: str, path: Path, manifest: Manifest) -> str:
         )
         with tempfile.TemporaryDirectory(prefix="slimline-") as scratch:
             folder = Path(scratch) / "mlflow"
-            mlflow.pyfunc.save_model(
-                path=str(folder),
-                loader_module="slimline.serve",
-                data_path=str(path),
-                signature=SIGNATURE,
-                pip_requirements=[f"slimline=={importlib.metadata.version('slimline')}"],
-                mlflow_model=Model(artifact_path=model.artifact_location, run_id=run_id, model_id=model.model_id),
-            )
+            with warnings.catch_warnings():  # that there is no input example: an example would be run to no end
+                warnings.simplefilter("ignore")
+                mlflow.pyfunc.save_model(
+                    path=str(folder),
+                    loader_module="slimline.serve",
+                    data_path=str(path),
+                    signature=SIGNATURE,
+                    pip_requirements=[f"slimline=={__version__}"],
+                    mlflow_model=Model(artifact_path=model.artifact_location, run_id=run_id, model_id=model.model_id),
+                )
             inner = next((folder / "data").iterdir())
             if inner.name != "model":
                 raise StoreError(f"{path} must be a folder named 'model' to be saved.")
@@ -326,9 +331,15 @@ def _place(ref: str) -> str:
         if folder != "model" or not model_id:
             raise StoreError(f"{ref} does not resolve: run {run_id} has no finished model. Run the step again.")
         return f"{client().get_logged_model(model_id).artifact_location}/data/model"
-    if rest.startswith("m-"):
-        return f"{client().get_logged_model(rest).artifact_location}/data/model"
-    return f"{client().get_logged_model(version_of(ref).model_id).artifact_location}/data/model"
+    model_id = rest if rest.startswith("m-") else _model_id(version_of(ref), ref)
+    return f"{client().get_logged_model(model_id).artifact_location}/data/model"
+
+
+def _model_id(version: ModelVersion, ref: str) -> str:
+    model_id = version.model_id or str(version.source).removeprefix("models:/")
+    if not model_id.startswith("m-"):
+        raise StoreError(f"{ref} was not registered by slimline: its source is {version.source}. Bring it in with fetch.local.")
+    return model_id
 
 
 def run_id_of(ref: str) -> str:
@@ -447,6 +458,18 @@ def set_alias(name: str, which: str, version: int | None) -> None:
             client().set_registered_model_alias(name, which, str(version))
         elif alias(name, which) is not None:
             client().delete_registered_model_alias(name, which)
+
+
+def tag_version(name: str, version: int, tags: dict[str, str]) -> None:
+    with speaking():
+        for key, value in tags.items():
+            client().set_model_version_tag(name, str(version), key, value)
+
+
+def tag_model(name: str, tags: dict[str, str]) -> None:
+    with speaking():
+        for key, value in tags.items():
+            client().set_registered_model_tag(name, key, value)
 
 
 def check_name(name: str) -> None:
