@@ -101,7 +101,7 @@ def test_a_version_is_made_once_per_key_and_the_lowest_wins(fresh_store, tmp_pat
     assert store.register("reviews", ref, "k", {}, "") == 1
     assert store.register("reviews", ref, "other", {}, "") == 2
     # A reply that was lost after the server had made the version leaves a double behind.
-    store.client().create_model_version("reviews", "models:/m-0", tags={store.PREFIX + "key": "k"})
+    store.client().create_model_version("reviews", str(tmp_path), tags={store.PREFIX + "key": "k"})
     assert store.register("reviews", ref, "k", {}, "") == 1
     assert store.client().get_model_version("reviews", "3").tags[store.PREFIX + "duplicate_of"] == "1"
 
