@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from slimline import technique
+from slimline import gate, technique
 from slimline.errors import ConfigError, DataError
 
 TYPES: dict[str, tuple[type, ...]] = {
@@ -101,6 +101,8 @@ def check(spec: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
             meaning = definition.get("description", "").rstrip(".")
             raise ConfigError(f"parameter {name!r} is required ({meaning}). Put it into the recipe, or --set {name}=...")
     _check_techniques(spec, whole)
+    if "margin" in whole:
+        gate.limits_from({"margin": whole["margin"], **whole.get("gate_options", {})})
     _check_files(whole)
     return whole
 

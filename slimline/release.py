@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from pydantic import ValidationError
-
 from slimline import artifact, gate, progress, step, store
 from slimline.artifact import Manifest
 from slimline.errors import ConfigError, GateError, SlimlineError, StoreError
@@ -46,16 +44,6 @@ class Judging(BaseConfig):
     latency: Stored
 
 
-def limits_from(options: dict[str, Any]) -> gate.Limits:
-    """Limits from plain options. Raises ConfigError."""
-    try:
-        return gate.Limits(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"gate limit {where!r}: {first['msg']}. It has: {', '.join(gate.Limits.model_fields)}.") from None
-
-
 def judge(
     name: str, source: str, quality: str, baseline: str, latency: str, limits: dict[str, Any]
 ) -> tuple[str, Metrics]:
@@ -63,7 +51,7 @@ def judge(
     with step.reporting("gate"):
         store.check_name(name)
         config = Judging(
-            name=name, champion=store.alias(name, CHAMPION), limits=limits_from(limits),
+            name=name, champion=store.alias(name, CHAMPION), limits=gate.limits_from(limits),
             quality=quality, baseline=baseline, latency=latency,
         )  # fmt: skip
         candidate = step.resolve(source)

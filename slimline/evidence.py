@@ -1,0 +1,54 @@
+"""Read what the evaluations wrote, as the gate and the report want it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimline import gate
+from slimline.errors import StoreError
+
+LENGTHS = ((0, 16), (16, 32), (32, 64), (64, None))
+"""Slices by length in tokens: from, up to but without."""
+
+
+def table(folder: Path) -> dict[str, list[Any]]:
+    """The answers of one model to every example: columns id, text, label, predicted, score, length_tokens, logit_*."""
+    import pyarrow.parquet as parquet
+
+    file = folder / "predictions.parquet"
+    if not file.is_file():
+        raise StoreError(f"{folder} is not a quality evaluation: it has no {file.name}. Give one of evaluate.classification.")
+    columns: dict[str, list[Any]] = parquet.read_table(file).to_pydict()
+    return columns
+
+
+def predictions(folder: Path) -> gate.Predictions:
+    """The answers of one model, with the slices by label and by length that limits may name."""
+    rows = table(folder)
+    label, tokens = np.array(rows["label"]), np.array(rows["length_tokens"])
+    slices = {f"label:{name}": label == name for name in sorted(set(rows["label"]))}
+    for low, high in LENGTHS:
+        name = f"length:{low}-{high - 1}" if high else f"length:{low}+"
+        slices[name] = (tokens >= low) & (tokens < (high or np.inf))
+    return gate.Predictions(ids=rows["id"], labels=rows["label"], predicted=rows["predicted"], slices=slices)
+
+
+def timings(folder: Path) -> dict[str, Any]:
+    """All of a latency evaluation: how it was measured, on what machine, and every variant."""
+    file = folder / "latency.json"
+    if not file.is_file():
+        raise StoreError(f"{folder} is not a latency evaluation: it has no {file.name}. Give one of evaluate.latency.")
+    whole: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return whole
+
+
+def variant(whole: dict[str, Any], digest: str) -> dict[str, Any]:
+    """The numbers of the model with this digest."""
+    for entry in whole["variants"]:
+        if entry["digest"] == digest:
+            return dict(entry)
+    raise StoreError(f"the latency evaluation has no model {digest[:12]}. Measure it together with its baseline.")
