@@ -39,6 +39,13 @@ def prune(
     """
     from slimline import release, step
 
-    knobs = {"teacher": teacher, "data": data, "heads": heads, "neurons": neurons, "epochs": epochs, "seed": seed}
+    knobs = {
+        "teacher": teacher,
+        "data": data,
+        "heads": heads,
+        "neurons": neurons,
+        "epochs": epochs,
+        "seed": seed,
+    }
     ref, numbers = step.run(f"prune.{method}", source, {**knobs, **options})
     return release.show(ref, numbers, model, metrics)

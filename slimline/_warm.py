@@ -3,6 +3,14 @@
 import contextlib
 import importlib
 
-for name in ("kfp.dsl.executor_main", "slimline.store", "slimline.release", "torch", "transformers", "onnxruntime", "scipy.stats"):
+for name in (
+    "kfp.dsl.executor_main",
+    "slimline.store",
+    "slimline.release",
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "scipy.stats",
+):
     with contextlib.suppress(ImportError):
         importlib.import_module(name)

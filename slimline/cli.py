@@ -35,8 +35,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable, on stdou
 @app.command()
 def run(
     pipeline: Annotated[str, typer.Argument(help="A pipeline's name (optimize) or a compiled .yaml file.")],
-    file: Annotated[Path | None, typer.Option("-f", "--file", help="Recipe: a YAML file of parameters.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="A parameter, as name=value; wins over -f.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("-f", "--file", help="Recipe: a YAML file of parameters.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A parameter, as name=value; wins over -f.")
+    ] = None,
     require_pass: Annotated[bool, typer.Option(help="Exit with 4 unless the verdict is PASS.")] = False,
     json_: AsJson = False,
 ) -> None:
@@ -52,7 +56,10 @@ def run(
         out.print_json(json.dumps({**summary, "run_id": outcome.run_id, "seconds": outcome.seconds}))
     elif summary:
         _print_summary(summary, outcome.log)
-        out.print(f"{outcome.seconds:.0f} s in all, {overhead:.0f} s of them outside the steps' own work.", style="dim")
+        out.print(
+            f"{outcome.seconds:.0f} s in all, {overhead:.0f} s of them outside the steps' own work.",
+            style="dim",
+        )
     if require_pass and summary.get("status") != "PASS":
         raise GateError(f"the verdict is {summary.get('status', 'missing')} and --require-pass was given.")
 
@@ -116,7 +123,9 @@ def techniques(
         module = technique.find(name)
         schema = module.Config.model_json_schema()
         if json_:
-            out.print_json(json.dumps({"technique": name, "needs": module.NEEDS, "gives": module.GIVES, **schema}))
+            out.print_json(
+                json.dumps({"technique": name, "needs": module.NEEDS, "gives": module.GIVES, **schema})
+            )
             return
         out.print(f"[bold]{name}[/bold]  needs {module.NEEDS}, gives {module.GIVES}\n")
         out.print(escape((module.__doc__ or "").strip()) + "\n")
@@ -145,12 +154,17 @@ def _options_table(schema: dict[str, Any]) -> Table:
         if "enum" in field:
             bounds = " | ".join(map(str, field["enum"]))
         default = "required" if key in schema.get("required", []) else json.dumps(field.get("default"))
-        table.add_row(key, field.get("type", ""), escape(default), escape(bounds), escape(field.get("description", "")))
+        table.add_row(
+            key, field.get("type", ""), escape(default), escape(bounds), escape(field.get("description", ""))
+        )
     return table
 
 
 @app.command()
-def show(ref: Annotated[str, typer.Argument(help="models:/name@champion, runs:/id/model, or a folder.")], json_: AsJson = False) -> None:
+def show(
+    ref: Annotated[str, typer.Argument(help="models:/name@champion, runs:/id/model, or a folder.")],
+    json_: AsJson = False,
+) -> None:
     """What a model is, and everything that was done to it."""
     from slimline import release
 
@@ -162,7 +176,13 @@ def show(ref: Annotated[str, typer.Argument(help="models:/name@champion, runs:/i
     for key in ("version", "aliases", "verdict", "format", "task", "labels", "base", "digest", "size_bytes"):
         if about.get(key) not in (None, "", []):
             value = about[key]
-            text = f"{value / 1e6:.1f} MB" if key == "size_bytes" else ", ".join(value) if isinstance(value, list) else str(value)
+            text = (
+                f"{value / 1e6:.1f} MB"
+                if key == "size_bytes"
+                else ", ".join(value)
+                if isinstance(value, list)
+                else str(value)
+            )
             out.print(f"  {key:11} {escape(text)}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "seconds", "options", "metrics"):
@@ -176,7 +196,9 @@ def show(ref: Annotated[str, typer.Argument(help="models:/name@champion, runs:/i
 
 @app.command()
 def report(
-    ref: Annotated[str, typer.Argument(help="models:/name@champion, models:/name/3, or the id of a pipeline run.")],
+    ref: Annotated[
+        str, typer.Argument(help="models:/name@champion, models:/name/3, or the id of a pipeline run.")
+    ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Copy the page to this file.")] = None,
 ) -> None:
     """Where the page about a model's making is."""
@@ -209,7 +231,9 @@ def predict(
 def promote(
     name: Annotated[str, typer.Argument(help="Registered model.")],
     version: Annotated[int | None, typer.Argument(help="Its version; without one, the challenger.")] = None,
-    allow_inconclusive: Annotated[bool, typer.Option(help="Promote although nothing is proven; recorded.")] = False,
+    allow_inconclusive: Annotated[
+        bool, typer.Option(help="Promote although nothing is proven; recorded.")
+    ] = False,
 ) -> None:
     """Make a version the champion, if its verdict allows and nobody was faster."""
     from slimline import release
@@ -254,7 +278,9 @@ def ui(port: Annotated[int, typer.Option(help="Where it listens.")] = 5000) -> N
 
 
 @app.callback(invoke_without_command=True)
-def about(version: Annotated[bool, typer.Option("--version", help="Say the version and stop.")] = False) -> None:
+def about(
+    version: Annotated[bool, typer.Option("--version", help="Say the version and stop.")] = False,
+) -> None:
     if version:
         out.print(f"slimline {__version__}")
         raise typer.Exit

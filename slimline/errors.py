@@ -1,11 +1,11 @@
 """What can go wrong, as a tree. The message says what is wrong, with the value, and then what to do.
 
-    SlimlineError
-    ├── ConfigError   you asked for what cannot be            exit 2
-    ├── ModelError    this model is not what is needed        exit 3
-    ├── DataError     this data is not what is needed         exit 3
-    ├── GateError     the numbers do not allow it             exit 4
-    └── StoreError    a ref, a digest, a disk or a server     exit 5, worth a retry
+SlimlineError
+├── ConfigError   you asked for what cannot be            exit 2
+├── ModelError    this model is not what is needed        exit 3
+├── DataError     this data is not what is needed         exit 3
+├── GateError     the numbers do not allow it             exit 4
+└── StoreError    a ref, a digest, a disk or a server     exit 5, worth a retry
 """
 
 

@@ -53,7 +53,9 @@ def run(pipeline: str, values: dict[str, Any], watch: Watcher, command: str | No
     start = time.monotonic()
     name = str(spec["pipelineInfo"]["name"])
     store.client()
-    run_id = store.start_pipeline(f"{name} {values.get('name', '')}".strip(), name, values, command or _command())
+    run_id = store.start_pipeline(
+        f"{name} {values.get('name', '')}".strip(), name, values, command or _command()
+    )
     if "margin" in values:  # the limits are fixed before anything is measured
         limits = gate.limits_from({"margin": values["margin"], **values.get("gate_options", {})})
         store.set_tags(run_id, {store.PREFIX + "limits": limits.digest()})
@@ -102,14 +104,21 @@ def compile(pipeline: str, out: Path) -> None:
         raise ConfigError(f"{pipeline} does not compile: {last}")
 
 
-def _execute(file: Path, values: dict[str, Any], folder: Path, log: Path, environment: dict[str, str]) -> None:
+def _execute(
+    file: Path, values: dict[str, Any], folder: Path, log: Path, environment: dict[str, str]
+) -> None:
     try:
         from kfp import components, local
         from kfp.local import subprocess_task_handler
     except ImportError:
-        raise ConfigError("running a pipeline needs kfp. Install it with `pip install 'slimline[launch]'`.") from None
+        raise ConfigError(
+            "running a pipeline needs kfp. Install it with `pip install 'slimline[launch]'`."
+        ) from None
 
-    with log.open("a", encoding="utf-8") as handle, tempfile.TemporaryDirectory(prefix="slimline-") as scratch:
+    with (
+        log.open("a", encoding="utf-8") as handle,
+        tempfile.TemporaryDirectory(prefix="slimline-") as scratch,
+    ):
         worker = Worker(log, environment, Path(scratch))
         local.init(
             local.SubprocessRunner(use_venv=False),
@@ -137,7 +146,7 @@ class Worker:
         self.process: Any = None
 
     def run(self, full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
-        """kfp's own `sh -ec <script> <source> <arguments>`, without the shell. Returns the exit code."""
+        """Kfp's own `sh -ec <script> <source> <arguments>`, without the shell. Returns the exit code."""
         from kfp.dsl import component_factory
 
         script = next(i for i, part in enumerate(full_command) if component_factory.EXECUTOR_MODULE in part)

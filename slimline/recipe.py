@@ -44,7 +44,9 @@ def pipeline_file(pipeline: str) -> Path:
             raise ConfigError(f"{pipeline} does not exist. Compile it with `slimline compile`.")
         return Path(pipeline)
     if pipeline not in pipelines():
-        raise ConfigError(f"no pipeline {pipeline!r}. There is: {', '.join(pipelines())}, or give a compiled .yaml file.")
+        raise ConfigError(
+            f"no pipeline {pipeline!r}. There is: {', '.join(pipelines())}, or give a compiled .yaml file."
+        )
     return Path(str(resources.files("slimline") / "compiled" / f"{pipeline}.yaml"))
 
 
@@ -89,7 +91,9 @@ def check(spec: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"the pipeline has no parameter {name!r}.{hint} It has: {', '.join(sorted(known))}.")
+            raise ConfigError(
+                f"the pipeline has no parameter {name!r}.{hint} It has: {', '.join(sorted(known))}."
+            )
     whole = {}
     for name, definition in known.items():
         if name in values:
@@ -99,7 +103,9 @@ def check(spec: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
             whole[name] = int(default) if definition["parameterType"] == "NUMBER_INTEGER" else default
         else:
             meaning = definition.get("description", "").rstrip(".")
-            raise ConfigError(f"parameter {name!r} is required ({meaning}). Put it into the recipe, or --set {name}=...")
+            raise ConfigError(
+                f"parameter {name!r} is required ({meaning}). Put it into the recipe, or --set {name}=..."
+            )
     _check_techniques(spec, whole)
     if "margin" in whole:
         gate.limits_from({"margin": whole["margin"], **whole.get("gate_options", {})})
@@ -109,7 +115,11 @@ def check(spec: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 def _typed(name: str, value: Any, kind: str) -> Any:
     # YAML 1.1 reads 5e-5 as text: a number is meant.
-    if kind in ("NUMBER_DOUBLE", "NUMBER_INTEGER") and isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d*)?e-?\d+", value):
+    if (
+        kind in ("NUMBER_DOUBLE", "NUMBER_INTEGER")
+        and isinstance(value, str)
+        and re.fullmatch(r"-?\d+(\.\d*)?e-?\d+", value)
+    ):
         value = float(value)
     wrong = not isinstance(value, TYPES[kind]) or (isinstance(value, bool) and kind != "BOOLEAN")
     if wrong:
@@ -129,7 +139,9 @@ def _check_techniques(spec: dict[str, Any], values: dict[str, Any]) -> None:
         if stage not in technique.STAGES or not isinstance(method, str) or method == "none":
             continue
         module = technique.find(f"{stage}.{method}")
-        knobs = {k: v for k, v in given.items() if k not in ("method", "options", "source") and v not in (None, "")}
+        knobs = {
+            k: v for k, v in given.items() if k not in ("method", "options", "source") and v not in (None, "")
+        }
         technique.configure(module, {**knobs, **options})
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
 from slimline import artifact, gate, progress, step, store
 from slimline.artifact import Manifest
 from slimline.errors import ConfigError, GateError, SlimlineError, StoreError
@@ -73,18 +74,24 @@ def judge(
                 candidate.digest, manifest.history,
             )  # fmt: skip
 
-        return step.perform("gate", config, {"source": candidate}, evidence, step.code_digest("slimline.release"), make)
+        return step.perform(
+            "gate", config, {"source": candidate}, evidence, step.code_digest("slimline.release"), make
+        )
 
 
 def bless(model: Path) -> gate.Blessing:
     """The mechanical blessing: these bytes load and answer in a process that knows nothing of this one."""
-    done = subprocess.run([sys.executable, "-m", "slimline.serve", str(model)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "slimline.serve", str(model)], capture_output=True, text=True
+    )
     try:
         answer = json.loads(done.stdout.strip().split("\n")[-1])
         return gate.Blessing(ok=bool(answer["ok"]), problem=str(answer["problem"]))
     except (ValueError, KeyError):
         last = (done.stderr.strip().split("\n") or [""])[-1]
-        return gate.Blessing(ok=False, problem=f"the fresh process ended with {done.returncode}: {last[:300]}")
+        return gate.Blessing(
+            ok=False, problem=f"the fresh process ended with {done.returncode}: {last[:300]}"
+        )
 
 
 def _numbers(verdict: gate.Verdict) -> Metrics:
@@ -141,7 +148,9 @@ def promote_if_passed(name: str, version: int, verdict_ref: str) -> str:
         start = time.perf_counter()
         verdict, asked, _ = verdict_at(verdict_ref)
         if not verdict.allows_promotion:
-            sentence = f"Version {version} of {name} is registered, not promoted: the verdict is {verdict.status}."
+            sentence = (
+                f"Version {version} of {name} is registered, not promoted: the verdict is {verdict.status}."
+            )
         elif store.alias(name, CHAMPION) == version:
             sentence = f"Version {version} of {name} is the champion already."
         else:
@@ -168,11 +177,15 @@ def promote(name: str, version: int | None = None, allow_inconclusive: bool = Fa
     verdict, _, manifest = verdict_at(ref)
     sealed = artifact.read(store.fetch(f"models:/{name}/{version}"))
     if manifest.history[-1].parent != sealed.digest:
-        raise GateError(f"the verdict on version {version} of {name} is about other bytes. Run the pipeline again.")
+        raise GateError(
+            f"the verdict on version {version} of {name} is about other bytes. Run the pipeline again."
+        )
     wanted = ("PASS", "INCONCLUSIVE") if allow_inconclusive else ("PASS",)
     if verdict.status not in wanted:
         hint = " --allow-inconclusive would." if verdict.status == "INCONCLUSIVE" else ""
-        raise GateError(f"version {version} of {name} is not promoted: its verdict is {verdict.status}.{hint}")
+        raise GateError(
+            f"version {version} of {name} is not promoted: its verdict is {verdict.status}.{hint}"
+        )
     return _move(name, version, expected=champion, why=verdict.sentence, forced=verdict.status != "PASS")
 
 
@@ -206,7 +219,9 @@ def _move(name: str, version: int, expected: int | None, why: str, forced: bool 
         if store.alias(name, CHALLENGER) == version:
             store.set_alias(name, CHALLENGER, None)
         if store.alias(name, CHAMPION) != version:
-            raise GateError(f"the champion of {name} was moved by somebody else just now. Look at it, and try again.")
+            raise GateError(
+                f"the champion of {name} was moved by somebody else just now. Look at it, and try again."
+            )
         store.tag_model(name, {f"{store.PREFIX}move.{len(entries) + 1:06}": json.dumps(entry)})
     was = f" in place of version {expected}" if expected is not None else ""
     return f"Version {version} of {name} is now the champion{was}."
@@ -260,8 +275,13 @@ def about(ref: str) -> dict[str, Any]:
     """What `slimline show` says of a model, as plain data."""
     found = step.resolve(ref)
     if found.manifest is None:
-        raise StoreError(f"{ref} is not a model that slimline made: it has no manifest. Bring it in with fetch.local.")
-    about: dict[str, Any] = {**found.manifest.model_dump(mode="json"), "size_bytes": found.manifest.size_bytes}
+        raise StoreError(
+            f"{ref} is not a model that slimline made: it has no manifest. Bring it in with fetch.local."
+        )
+    about: dict[str, Any] = {
+        **found.manifest.model_dump(mode="json"),
+        "size_bytes": found.manifest.size_bytes,
+    }
     if ref.startswith("models:/") and not ref.startswith("models:/m-"):
         version = store.version_of(ref)
         about |= {
@@ -278,4 +298,14 @@ def examine_store() -> str:
     return store.uri()
 
 
-__all__ = ["SlimlineError", "about", "bless", "judge", "promote", "promote_if_passed", "register", "rollback", "show"]
+__all__ = [
+    "SlimlineError",
+    "about",
+    "bless",
+    "judge",
+    "promote",
+    "promote_if_passed",
+    "register",
+    "rollback",
+    "show",
+]

@@ -105,9 +105,13 @@ def ping(where: str) -> None:
     except urllib.error.HTTPError as error:
         if error.code in (401, 403, 404):  # it answered: sign-in is checked by the first real call
             return
-        raise StoreError(f"the tracking server at {where} answers {error.code} {error.reason}. {HINT}") from None
+        raise StoreError(
+            f"the tracking server at {where} answers {error.code} {error.reason}. {HINT}"
+        ) from None
     except (OSError, ValueError) as error:
-        raise StoreError(f"the tracking server at {where} cannot be reached ({_first_line(error)}). {HINT}") from None
+        raise StoreError(
+            f"the tracking server at {where} cannot be reached ({_first_line(error)}). {HINT}"
+        ) from None
 
 
 @contextmanager
@@ -139,7 +143,12 @@ def experiment(name: str) -> str:
 def start_pipeline(name: str, experiment_name: str, recipe: dict[str, Any], command: str) -> str:
     """A parent run for a pipeline run, with its recipe, command and environment as artifacts. Returns its id."""
     with speaking():
-        tags = {"mlflow.runName": name, PREFIX + "pipeline": name, PREFIX + "command": command, **_process_tags()}
+        tags = {
+            "mlflow.runName": name,
+            PREFIX + "pipeline": name,
+            PREFIX + "command": command,
+            **_process_tags(),
+        }
         run = client().create_run(experiment(experiment_name), tags=tags, run_name=name)
         run_id = str(run.info.run_id)
         log_params(run_id, recipe)
@@ -234,7 +243,9 @@ def log_data(run_id: str, path: Path, digest: str, context: str) -> None:
     dataset = MetaDataset(LocalArtifactDatasetSource(str(path)), name=path.name, digest=digest[:36])
     entity = dataset._to_mlflow_entity()
     with speaking():
-        client().log_inputs(run_id, datasets=[DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
+        client().log_inputs(
+            run_id, datasets=[DatasetInput(entity, [InputTag("mlflow.data.context", context)])]
+        )
 
 
 def log_file(run_id: str, file: Path, folder: str | None = None) -> None:
@@ -257,7 +268,9 @@ def save(run_id: str, path: Path, manifest: Manifest) -> str:
         )
         with tempfile.TemporaryDirectory(prefix="slimline-") as scratch:
             folder = Path(scratch) / "mlflow"
-            with warnings.catch_warnings():  # that there is no input example: an example would be run to no end
+            with (
+                warnings.catch_warnings()
+            ):  # that there is no input example: an example would be run to no end
                 warnings.simplefilter("ignore")
                 mlflow.pyfunc.save_model(
                     path=str(folder),
@@ -265,12 +278,16 @@ def save(run_id: str, path: Path, manifest: Manifest) -> str:
                     data_path=str(path),
                     signature=SIGNATURE,
                     pip_requirements=[f"slimline=={__version__}"],
-                    mlflow_model=Model(artifact_path=model.artifact_location, run_id=run_id, model_id=model.model_id),
+                    mlflow_model=Model(
+                        artifact_path=model.artifact_location, run_id=run_id, model_id=model.model_id
+                    ),
                 )
             inner = next((folder / "data").iterdir())
             if inner.name != "model":
                 raise StoreError(f"{path} must be a folder named 'model' to be saved.")
-            _upload(folder, lambda f, sub: client().log_model_artifacts(model.model_id, f, sub or None), "", inner)
+            _upload(
+                folder, lambda f, sub: client().log_model_artifacts(model.model_id, f, sub or None), "", inner
+            )
         client().finalize_logged_model(model.model_id, "READY")
         client().log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
         set_tags(run_id, {PREFIX + "model": model.model_id, PREFIX + "digest": manifest.digest})
@@ -310,10 +327,14 @@ def fetch(ref: str) -> Path:
         artifact.verify(path)
         return path
     if "://" in ref or ref.startswith("hub:"):
-        raise StoreError(f"{ref} cannot be fetched by this version. Give a folder, package:NAME/folder, runs:/ or models:/.")
+        raise StoreError(
+            f"{ref} cannot be fetched by this version. Give a folder, package:NAME/folder, runs:/ or models:/."
+        )
     path = Path(ref).expanduser()
     if not path.exists():
-        raise StoreError(f"{ref} does not exist in {Path.cwd()}. Give a folder, a file, package:NAME/folder, runs:/ or models:/.")
+        raise StoreError(
+            f"{ref} does not exist in {Path.cwd()}. Give a folder, a file, package:NAME/folder, runs:/ or models:/."
+        )
     if path.is_dir() and (path / artifact.MANIFEST).is_file():
         artifact.verify(path)
     return path
@@ -329,7 +350,9 @@ def _place(ref: str) -> str:
             return f"{run.info.artifact_uri}/evaluation"
         model_id = run.data.tags.get(PREFIX + "model")
         if folder != "model" or not model_id:
-            raise StoreError(f"{ref} does not resolve: run {run_id} has no finished model. Run the step again.")
+            raise StoreError(
+                f"{ref} does not resolve: run {run_id} has no finished model. Run the step again."
+            )
         return f"{client().get_logged_model(model_id).artifact_location}/data/model"
     model_id = rest if rest.startswith("m-") else _model_id(version_of(ref), ref)
     return f"{client().get_logged_model(model_id).artifact_location}/data/model"
@@ -338,7 +361,9 @@ def _place(ref: str) -> str:
 def _model_id(version: ModelVersion, ref: str) -> str:
     model_id = version.model_id or str(version.source).removeprefix("models:/")
     if not model_id.startswith("m-"):
-        raise StoreError(f"{ref} was not registered by slimline: its source is {version.source}. Bring it in with fetch.local.")
+        raise StoreError(
+            f"{ref} was not registered by slimline: its source is {version.source}. Bring it in with fetch.local."
+        )
     return model_id
 
 
@@ -363,7 +388,9 @@ def _local(place: str, ref: str) -> Path:
     plain = place.removeprefix("file://")
     if plain.startswith("/"):
         if not Path(plain).is_dir():
-            raise StoreError(f"{ref} points to {plain}, which is gone. Run the step again, or restore the folder.")
+            raise StoreError(
+                f"{ref} points to {plain}, which is gone. Run the step again, or restore the folder."
+            )
         return Path(plain)
     cache = home() / "fetched" / hashlib.sha256(f"{uri()} {place}".encode()).hexdigest()[:24]
     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -484,7 +511,9 @@ def check_name(name: str) -> None:
 def _with_key(key: str, status: str) -> list[Run]:
     experiments = [e.experiment_id for e in client().search_experiments()]
     where = f"tags.`{PREFIX}key` = '{key}' and attributes.status = '{status}'"
-    return list(client().search_runs(experiments, where, order_by=["attributes.start_time ASC"], max_results=20))
+    return list(
+        client().search_runs(experiments, where, order_by=["attributes.start_time ASC"], max_results=20)
+    )
 
 
 def _bury_the_dead(key: str) -> None:
@@ -502,7 +531,10 @@ def _end_quietly(run_id: str, status: str) -> None:
 
 
 def _process_tags() -> dict[str, str]:
-    return {PREFIX + "process": f"{socket.gethostname()}:{os.getpid()}", PREFIX + "python": platform.python_version()}
+    return {
+        PREFIX + "process": f"{socket.gethostname()}:{os.getpid()}",
+        PREFIX + "python": platform.python_version(),
+    }
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 
@@ -43,7 +51,9 @@ class View:
             self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
         if self.bar:
             self.bar.stop()
 
@@ -70,9 +80,15 @@ class View:
             if event["what"] != self.what:
                 self.bar.reset(self.task)
             self.bar.update(
-                self.task, description=label, completed=event["done"], total=event["total"], note=event["note"]
+                self.task,
+                description=label,
+                completed=event["done"],
+                total=event["total"],
+                note=event["note"],
             )
-        elif (tenth := 10 * event["done"] // max(event["total"], 1)) != self.tenth or event["what"] != self.what:
+        elif (tenth := 10 * event["done"] // max(event["total"], 1)) != self.tenth or event[
+            "what"
+        ] != self.what:
             if time.monotonic() - self.began > 5:
                 self._line(f"      {label} {10 * tenth} % {event['note']}".rstrip())
             self.tenth = tenth

@@ -107,7 +107,11 @@ def test_a_version_is_made_once_per_key_and_the_lowest_wins(fresh_store, tmp_pat
 
 
 def test_refs_that_do_not_resolve_say_so(fresh_store, tmp_path):
-    for ref in ("runs:/0123456789abcdef0123456789abcdef/model", "models:/nobody@champion", "models:/nobody/1"):
+    for ref in (
+        "runs:/0123456789abcdef0123456789abcdef/model",
+        "models:/nobody@champion",
+        "models:/nobody/1",
+    ):
         with pytest.raises(StoreError, match="does not resolve"):
             store.fetch(ref)
     with pytest.raises(StoreError, match="does not exist"):
@@ -131,15 +135,18 @@ def test_an_unreachable_server_is_said_within_seconds(monkeypatch):
 
 
 def test_four_processes_that_open_a_new_store_at_once_all_find_it_whole(tmp_path):
-    code = (
-        "from slimline import store\n"
-        "with store.step_run('s', {}, {}) as run_id:\n    print(run_id)\n"
-    )
-    environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "SLIMLINE_PARENT_RUN")}
+    code = "from slimline import store\nwith store.step_run('s', {}, {}) as run_id:\n    print(run_id)\n"
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "SLIMLINE_PARENT_RUN")
+    }
     environment["SLIMLINE_STORE"] = str(tmp_path / "new")
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", code],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for _ in range(4)
     ]
