@@ -1,0 +1,71 @@
+# slimline: `make run` does the whole example; `make help` lists the rest.
+SHELL := bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+export VENV ?= .venv
+BIN := $(VENV)/bin
+RECIPE ?= examples/reviews/recipe.yaml
+TESTS ?=
+PORT ?= 5000
+
+export PYTHON TORCH TORCH_INDEX
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := true
+# Modules are compiled when first imported, not when installed; without .pyc files each start would cost 12 s more.
+unexport PYTHONDONTWRITEBYTECODE
+
+help: ## List the targets and settings
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  Settings, as in make run RECIPE=examples/reviews/products.yaml:"
+	@echo "  RECIPE       the pipeline's parameters             ($(RECIPE))"
+	@echo "  PYTHON       a Python 3.11 or 3.12                 (the first of python3.11, python3.12, python3)"
+	@echo "  VENV         where the virtual environment goes    ($(VENV))"
+	@echo "  TORCH        cpu or cuda                           (cuda where nvidia-smi lists a GPU)"
+	@echo "  TORCH_INDEX  where the CPU build of torch is       (pip's settings, then download.pytorch.org/whl/cpu)"
+	@echo "  TESTS        more for pytest, as in -m 'not slow'  ()"
+	@echo "  PORT         of make ui                            ($(PORT))"
+
+run: $(VENV)/run.stamp ## Install what is locked and run the example: a model in, a promoted smaller one out
+	$(BIN)/slimline run optimize -f $(RECIPE)
+
+test: $(VENV)/dev.stamp ## Run the whole test suite, with coverage of the library
+	$(BIN)/python -m pytest --cov --cov-report=term $(TESTS)
+
+lint: $(VENV)/dev.stamp ## Check style, types and which module may import which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+ui: $(VENV)/run.stamp ## Show the store in MLflow's own page
+	$(BIN)/slimline ui --port $(PORT)
+
+compile: $(VENV)/run.stamp ## Compile pipelines/*.py into slimline/compiled/*.yaml
+	@for source in $(filter-out pipelines/__init__.py pipelines/submit.py,$(wildcard pipelines/*.py)); do \
+		name=$$(basename $$source .py); \
+		$(BIN)/slimline compile $$source -o slimline/compiled/$$name.yaml || exit; \
+	done
+
+lock: $(VENV)/run.stamp ## Write requirements/*.txt anew (LOCK_FLAGS=--upgrade for newer versions)
+	requirements/lock.sh
+
+benchmarks: $(VENV)/run.stamp ## Measure the table of the README again
+	$(BIN)/python -m benchmarks
+
+clean: ## Remove the virtual environment and caches; stores and reports stay
+	rm -rf $(VENV) build dist *.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/run.stamp: pyproject.toml requirements/run.txt requirements/cpu.txt requirements/torch-cpu.txt \
+		requirements/cuda.txt requirements/installer.txt requirements/install.sh
+	requirements/install.sh run
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp requirements/dev.txt
+	requirements/install.sh dev
+	@touch $@
+
+.PHONY: help run test lint ui compile lock benchmarks clean

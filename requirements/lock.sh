@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Write the locks anew from pyproject.toml and requirements/*.in. Known pins stay unless LOCK_FLAGS="--upgrade".
+# torch-cpu.txt is written by hand: its hashes are those that PyTorch's index shows.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+resolve() {
+    "${VENV:-.venv}/bin/uv" pip compile -q --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
+        --no-annotate --no-header ${LOCK_FLAGS:-} "$@"
+}
+resolve requirements/installer.in -o requirements/installer.txt
+resolve pyproject.toml requirements/needs.in --extra all --excludes requirements/excluded.txt -o requirements/run.txt
+resolve requirements/cpu.in --no-deps -o requirements/cpu.txt
+resolve requirements/cuda.in -c requirements/run.txt -o requirements/cuda.txt
+resolve --group dev -c requirements/run.txt -o requirements/dev.txt
