@@ -1,0 +1,125 @@
+"""The mechanical blessing: do these bytes load in a fresh process and answer the shortest and oddest texts?
+
+Answers must be finite, one number a label, the same when asked again, and the same in a batch as alone. Run
+through `python -m slimline.serve FOLDER`. `python -m slimline.probe FOLDER THREADS` reads batches of texts as
+JSON, answers them, and prints the most memory that this took.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimline import artifact, serve
+from slimline.artifact import Manifest
+from slimline.errors import SlimlineError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a fresh process found out about a model. `problem` is empty if `ok`."""
+
+    ok: bool
+    problem: str
+    runtime: str = ""
+    seconds_to_load: float = 0.0
+    peak_memory_bytes: int = 0
+    digest: str = ""
+
+
+ODD = (
+    "a",
+    "",
+    " \t\n ",
+    "🙂👩‍👩‍👧‍👦🏳️‍🌈",
+    "nul \x00 bell \x07 escape \x1b[31m",
+    "שלום עולם، مرحبا بالعالم",
+    "e\u0301 ﬁ ﷽ \ufeff\u200b\ud83d",
+    "the plot is thin and the acting is thinner",
+    "long " * 4096,
+)
+
+
+def probe(path: Path) -> dict[str, Any]:
+    """Check every byte of a sealed directory, load it, and ask what is short, long, empty and odd."""
+    found = Finding(ok=False, problem="")
+    try:
+        manifest = artifact.verify(path)
+        found = Finding(ok=False, problem="", digest=manifest.digest)
+        start = time.perf_counter()
+        predictor = serve.load(path)
+        seconds = time.perf_counter() - start
+        problem = next(problems(predictor, tolerance(manifest)), "")
+        peak = peak_memory_bytes()
+        found = Finding(not problem, problem, predictor.runtime, seconds, peak, manifest.digest)
+    except SlimlineError as error:
+        found = Finding(ok=False, problem=str(error), digest=found.digest)
+    except Exception as error:  # whatever a broken model makes a runtime raise is the finding, not a crash
+        found = Finding(ok=False, problem=f"{type(error).__name__}: {error}", digest=found.digest)
+    return asdict(found)
+
+
+def tolerance(manifest: Manifest) -> float:
+    """How far a probability may move when a text is answered in company instead of alone.
+
+    Kernels add in another order for another shape, and a GPU may round to TF32: 0.01 covers that. Quantized
+    activations share one scale in a batch, so company moves an answer by some hundredths: 0.15. A lost mask
+    or mixed-up rows move it by more than either.
+    """
+    return 0.15 if any(stage.technique.startswith("quantize.") for stage in manifest.history) else 0.01
+
+
+def problems(predictor: serve.Predictor, tolerance: float) -> Iterator[str]:
+    """What is wrong with the answers, one sentence each; nothing if all is well."""
+    alone = []
+    for text in ODD:
+        first, second = predictor.logits([text]), predictor.logits([text])
+        if not np.array_equal(first, second):
+            yield f"the text {text[:20]!r} was answered twice, and differently."
+        alone.append(serve.softmax(first)[0])
+    together = predictor.logits(ODD)
+    if not np.array_equal(together, predictor.logits(ODD)):
+        yield "the same batch was answered twice, and differently."
+    apart = np.abs(serve.softmax(together) - np.stack(alone)).max(axis=1)
+    worst = int(apart.argmax())
+    if not apart[worst] <= tolerance:
+        yield (
+            f"the text {ODD[worst][:20]!r} is answered differently in a batch than alone: "
+            f"a probability moves by {apart[worst]:.3f}, {tolerance} is allowed."
+        )
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this program held.
+
+    Not ru_maxrss where it can be helped: that survives exec, so a small program started by a big one reports
+    the big one's.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Answer the batches on standard input and print the peak of memory. Returns the exit code."""
+    path, threads = arguments
+    predictor = serve.load(Path(path), int(threads))
+    for texts in json.load(sys.stdin):
+        predictor.predict(texts)
+    sys.stdout.write(f"{peak_memory_bytes()}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

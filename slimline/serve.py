@@ -1,0 +1,223 @@
+"""One loader and one answer for every format, so that a consumer never cares which variant won.
+
+    load("folder").predict(["a fine film"])  ->  [{"label": "positive", "score": 0.98}]
+
+A folder of format hf runs in PyTorch, one of format onnx in ONNX Runtime, each on the best device there is.
+An onnx model is served without importing torch or transformers. MLflow finds `_load_pyfunc` here. `python -m
+slimline.serve FOLDER` gives the mechanical blessing (see probe.py): one line of JSON, and exit code 0, or 3
+with the problem.
+
+Shapes: B = texts, L = labels.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slimline import artifact, hf
+from slimline.artifact import Manifest
+from slimline.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Floats = np.ndarray[Any, np.dtype[Any]]
+
+BATCH = 32
+
+
+class Predictor(ABC):
+    """A loaded model: texts in, labels and scores out, whatever runs inside."""
+
+    runtime = ""
+    """What answers, such as 'ONNX Runtime 1.32.0 (CPUExecutionProvider)'."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.labels = manifest.labels
+        self.tokenizer = hf.tokenizer(path, max_length(path))
+
+    @abstractmethod
+    def _answer(self, texts: list[str]) -> Floats:
+        """[B, L] for one batch, in order."""
+
+    def logits(self, texts: Sequence[str]) -> Floats:
+        """float32 [B, L], in the order of the texts.
+
+        Raises DataError for what is not text, ModelError for answers of the wrong shape or not finite.
+        """
+        clean = _clean(texts)
+        order = list(range(len(clean)))
+        if len(clean) > BATCH:  # texts of like length go together, so that little is padded
+            order.sort(key=lambda i: len(clean[i]))
+        logits_BL = np.zeros((len(clean), len(self.labels)), dtype=np.float32)
+        for start in range(0, len(clean), BATCH):
+            rows = order[start : start + BATCH]
+            answer = self._answer([clean[i] for i in rows])
+            if answer.shape != (len(rows), len(self.labels)):
+                raise ModelError(
+                    f"the model gives {answer.shape} numbers for {len(rows)} texts and "
+                    f"{len(self.labels)} labels. Fine-tune or export it again."
+                )
+            logits_BL[rows] = answer
+        if not np.isfinite(logits_BL).all():
+            raise ModelError("the model answers with NaN or infinity. Repeat the step that made it.")
+        return logits_BL
+
+    def predict(self, texts: Sequence[str]) -> list[dict[str, Any]]:
+        """The likeliest label of each text and its probability. Raises DataError for what is not text."""
+        probability_BL = softmax(self.logits(texts))
+        best_B = probability_BL.argmax(axis=1)
+        return [{"label": self.labels[j], "score": float(row[j])} for row, j in zip(probability_BL, best_B)]
+
+
+class TorchPredictor(Predictor):
+    """A model of format hf. `threads` holds for the whole process, as PyTorch has one pool."""
+
+    def __init__(self, path: Path, manifest: Manifest, threads: int | None) -> None:
+        super().__init__(path, manifest)
+        import torch
+
+        if threads:
+            torch.set_num_threads(threads)
+        self.model = hf.load(path, manifest.labels)
+        device = next(self.model.parameters()).device.type
+        self.runtime = f"PyTorch {torch.__version__.partition('+')[0]} ({device})"
+
+    def _answer(self, texts: list[str]) -> Floats:
+        return np.asarray(hf.logits(self.model, self.tokenizer, texts), dtype=np.float32)
+
+
+class OnnxPredictor(Predictor):
+    """A model of format onnx, on the GPU if this build of ONNX Runtime has one and else on the processor."""
+
+    def __init__(self, path: Path, manifest: Manifest, threads: int | None) -> None:
+        super().__init__(path, manifest)
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.inter_op_num_threads = 1
+        options.enable_mem_pattern = False  # it plans for each shape it meets, and every batch has another
+        options.log_severity_level = 3
+        wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        providers = [name for name in wanted if name in ort.get_available_providers()]
+        if "CUDAExecutionProvider" in providers:
+            ort.preload_dlls()
+        try:
+            self.session = ort.InferenceSession(str(path / "model.onnx"), options, providers=providers)
+        except Exception as error:  # ONNX Runtime has a dozen unrelated classes for this
+            reason = str(error).split("\n")[0]
+            raise ModelError(f"{path / 'model.onnx'} does not load: {reason}. Export it again.") from None
+        self.inputs = [node.name for node in self.session.get_inputs()]
+        if unknown := sorted(set(self.inputs) - {"input_ids", "attention_mask", "token_type_ids"}):
+            raise ModelError(f"{path} asks for the input {unknown[0]!r}, which no text has. Export it again.")
+        outputs = [node.name for node in self.session.get_outputs()]
+        self.output = "logits" if "logits" in outputs else outputs[0]
+        self.runtime = f"ONNX Runtime {ort.__version__} ({self.session.get_providers()[0]})"
+
+    def _answer(self, texts: list[str]) -> Floats:
+        tokens = self.tokenizer.encode(texts)
+        answer = self.session.run([self.output], {name: tokens[name] for name in self.inputs})[0]
+        return np.asarray(answer, dtype=np.float32)
+
+
+def load(path: Path, threads: int | None = None) -> Predictor:
+    """The model of a sealed directory, ready to answer. Raises ModelError if it is none that can answer."""
+    path = Path(path)
+    manifest = artifact.read(path)
+    if manifest.format == "evaluation":
+        raise ModelError(f"{path} is an evaluation, which gives no answers. Name an hf or onnx model.")
+    if not manifest.labels:
+        raise ModelError(f"{path} has no labels, so no head for a task. Fit it with train.finetune first.")
+    kind = OnnxPredictor if manifest.format == "onnx" else TorchPredictor
+    return kind(path, manifest, threads)
+
+
+def max_length(path: Path) -> int:
+    """How many tokens of a text the model reads: what its config says, else its positions, 512 at most."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ModelError(f"{path / 'config.json'} is missing or is not JSON. Run the step again.") from None
+    positions = int(config.get("max_position_embeddings") or 512)
+    return int(config.get("slimline_max_length") or min(512, positions))
+
+
+def softmax(logits_BL: Floats) -> Floats:
+    """Probabilities, in float64 so that rows sum to one."""
+    grown_BL = np.exp(logits_BL.astype(np.float64) - logits_BL.max(axis=1, keepdims=True))
+    probability_BL: Floats = grown_BL / grown_BL.sum(axis=1, keepdims=True)
+    return probability_BL
+
+
+def _clean(texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str | bytes) or not isinstance(texts, Sequence):
+        raise DataError(f"a list of texts is needed, not one {type(texts).__name__}. Put it in a list.")
+    for at, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"item {at} is {text!r} ({type(text).__name__}), not text. Send strings only.")
+    return [text if text.isascii() else _whole(text) for text in texts]
+
+
+def _whole(text: str) -> str:
+    """The text with lone surrogates (half characters, which JSON can carry) replaced for the tokenizer."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class _Served:
+    """What MLflow calls: rows of text in, a table of label and score out."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+
+    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        import pandas as pd
+
+        answers = self.predictor.predict(_rows(model_input))
+        return pd.DataFrame(answers, columns=["label", "score"]).astype({"score": "float64"})
+
+
+def _load_pyfunc(data_path: str) -> _Served:
+    return _Served(load(Path(data_path)))
+
+
+def schema() -> dict[str, dict[str, str]]:
+    """The one signature of every model: columns in, columns out, with MLflow's names of their types."""
+    return {"inputs": {"text": "string"}, "outputs": {"label": "string", "score": "double"}}
+
+
+def _rows(given: Any) -> list[Any]:
+    """The texts in a list, a Series, an array, or a table of one column or with one named text."""
+    if isinstance(given, str):
+        return [given]
+    if hasattr(given, "columns") or isinstance(given, dict):
+        columns = list(given.columns if hasattr(given, "columns") else given)
+        if "text" not in columns and len(columns) != 1:
+            raise DataError(f"columns {columns} were sent, but one named 'text' is needed. Rename one.")
+        return _rows(given["text" if "text" in columns else columns[0]])
+    if isinstance(given, np.ndarray):
+        given = given.reshape(-1)
+    return list(given.tolist() if hasattr(given, "tolist") else given)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the mechanical blessing of a folder as one line of JSON. Returns the exit code."""
+    from slimline import probe
+
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python -m slimline.serve FOLDER\n")
+        return 2
+    found = probe.probe(Path(arguments[0]))
+    sys.stdout.write(json.dumps(found) + "\n")
+    return 0 if found["ok"] else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
