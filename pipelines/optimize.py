@@ -95,12 +95,8 @@ def optimize(
         source=student, teacher=base, data=data, method=prune_method, heads=prune_heads,
         neurons=prune_neurons, epochs=prune_epochs, seed=seed, options=prune_options,
     ).outputs["Output"]  # fmt: skip
-    exported = export(source=pruned, data=data, method=export_method, options=export_options).outputs[
-        "Output"
-    ]
-    candidate = quantize(
-        source=exported, data=data, method=quantize_method, options=quantize_options
-    ).outputs["Output"]
+    exported = export(source=pruned, data=data, method=export_method, options=export_options).outputs["Output"]
+    candidate = quantize(source=exported, data=data, method=quantize_method, options=quantize_options).outputs["Output"]
     served = export(source=base, data=data, method=export_method, options=export_options)
     served.set_display_name("export-baseline")
 
@@ -108,9 +104,7 @@ def optimize(
     before = evaluate_quality(source=base, data=data).set_display_name("quality-baseline").outputs["Output"]
     qualities = [before]
     for label, model in zip(("served", "distilled", "pruned", "exported", "candidate"), models[1:]):
-        quality = evaluate_quality(source=model, data=data, baseline=before).set_display_name(
-            f"quality-{label}"
-        )
+        quality = evaluate_quality(source=model, data=data, baseline=before).set_display_name(f"quality-{label}")
         qualities.append(quality.outputs["Output"])
     latency = evaluate_latency(
         source=candidate, against=models[:-1], data=data, batch_size=latency_batch_size,

@@ -113,15 +113,11 @@ def read(path: Path) -> Manifest:
     """The manifest of a finished directory. Looks at no other file: see `verify`."""
     file = path / MANIFEST
     if not file.is_file():
-        raise ModelError(
-            f"{path} has no {MANIFEST}: the step that wrote it did not finish. Run that step again."
-        )
+        raise ModelError(f"{path} has no {MANIFEST}: the step that wrote it did not finish. Run that step again.")
     try:
         return Manifest.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except (ValidationError, ValueError):
-        raise StoreError(
-            f"{file} is not a manifest that this version can read. Run the step again."
-        ) from None
+        raise StoreError(f"{file} is not a manifest that this version can read. Run the step again.") from None
 
 
 def verify(path: Path) -> Manifest:
@@ -135,9 +131,7 @@ def verify(path: Path) -> Manifest:
         what = "is missing" if is_there is None else "was added" if wanted is None else "has changed"
         raise StoreError(f"{path / name} {what} since it was sealed. Delete the copy, or run the step again.")
     if _combine(found) != manifest.digest:
-        raise StoreError(
-            f"{path / MANIFEST} does not match its own files. Delete the copy, or run the step again."
-        )
+        raise StoreError(f"{path / MANIFEST} does not match its own files. Delete the copy, or run the step again.")
     return manifest
 
 
@@ -145,9 +139,7 @@ def _files(path: Path) -> dict[str, File]:
     files = {}
     for file in sorted(path.rglob("*")):
         if file.is_symlink():
-            raise StoreError(
-                f"{file} is a symbolic link, which a stored model never holds. Replace it by the file."
-            )
+            raise StoreError(f"{file} is a symbolic link, which a stored model never holds. Replace it by the file.")
         if file.is_file() and file.name not in (MANIFEST, f".{MANIFEST}"):
             files[file.relative_to(path).as_posix()] = _file(file)
     return files

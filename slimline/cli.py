@@ -35,12 +35,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable, on stdou
 @app.command()
 def run(
     pipeline: Annotated[str, typer.Argument(help="A pipeline's name (optimize) or a compiled .yaml file.")],
-    file: Annotated[
-        Path | None, typer.Option("-f", "--file", help="Recipe: a YAML file of parameters.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A parameter, as name=value; wins over -f.")
-    ] = None,
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="Recipe: a YAML file of parameters.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A parameter, as name=value; wins over -f.")] = None,
     require_pass: Annotated[bool, typer.Option(help="Exit with 4 unless the verdict is PASS.")] = False,
     json_: AsJson = False,
 ) -> None:
@@ -73,9 +69,7 @@ def _print_summary(summary: dict[str, Any], log: Path) -> None:
     out.print(f"Log      {log}", soft_wrap=True)
     ref = f"models:/{name}@champion" if summary["promoted"] else f"models:/{name}/{summary['version']}"
     out.print(
-        f"\nNext     slimline show {ref}\n"
-        f"         slimline predict {ref} 'a film to remember'\n"
-        f"         slimline ui\n",
+        f"\nNext     slimline show {ref}\n         slimline predict {ref} 'a film to remember'\n         slimline ui\n",
         soft_wrap=True,
     )
 
@@ -123,9 +117,7 @@ def techniques(
         module = technique.find(name)
         schema = module.Config.model_json_schema()
         if json_:
-            out.print_json(
-                json.dumps({"technique": name, "needs": module.NEEDS, "gives": module.GIVES, **schema})
-            )
+            out.print_json(json.dumps({"technique": name, "needs": module.NEEDS, "gives": module.GIVES, **schema}))
             return
         out.print(f"[bold]{name}[/bold]  needs {module.NEEDS}, gives {module.GIVES}\n")
         out.print(escape((module.__doc__ or "").strip()) + "\n")
@@ -154,9 +146,7 @@ def _options_table(schema: dict[str, Any]) -> Table:
         if "enum" in field:
             bounds = " | ".join(map(str, field["enum"]))
         default = "required" if key in schema.get("required", []) else json.dumps(field.get("default"))
-        table.add_row(
-            key, field.get("type", ""), escape(default), escape(bounds), escape(field.get("description", ""))
-        )
+        table.add_row(key, field.get("type", ""), escape(default), escape(bounds), escape(field.get("description", "")))
     return table
 
 
@@ -196,9 +186,7 @@ def show(
 
 @app.command()
 def report(
-    ref: Annotated[
-        str, typer.Argument(help="models:/name@champion, models:/name/3, or the id of a pipeline run.")
-    ],
+    ref: Annotated[str, typer.Argument(help="models:/name@champion, models:/name/3, or the id of a pipeline run.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Copy the page to this file.")] = None,
 ) -> None:
     """Where the page about a model's making is."""
@@ -231,9 +219,7 @@ def predict(
 def promote(
     name: Annotated[str, typer.Argument(help="Registered model.")],
     version: Annotated[int | None, typer.Argument(help="Its version; without one, the challenger.")] = None,
-    allow_inconclusive: Annotated[
-        bool, typer.Option(help="Promote although nothing is proven; recorded.")
-    ] = False,
+    allow_inconclusive: Annotated[bool, typer.Option(help="Promote although nothing is proven; recorded.")] = False,
 ) -> None:
     """Make a version the champion, if its verdict allows and nobody was faster."""
     from slimline import release

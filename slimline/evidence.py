@@ -43,9 +43,7 @@ def timings(folder: Path) -> dict[str, Any]:
     """All of a latency evaluation: how it was measured, on what machine, and every variant."""
     file = folder / "latency.json"
     if not file.is_file():
-        raise StoreError(
-            f"{folder} is not a latency evaluation: it has no {file.name}. Give one of evaluate.latency."
-        )
+        raise StoreError(f"{folder} is not a latency evaluation: it has no {file.name}. Give one of evaluate.latency.")
     whole: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return whole
 
@@ -55,6 +53,4 @@ def variant(whole: dict[str, Any], digest: str) -> dict[str, Any]:
     for entry in whole["variants"]:
         if entry["digest"] == digest:
             return dict(entry)
-    raise StoreError(
-        f"the latency evaluation has no model {digest[:12]}. Measure it together with its baseline."
-    )
+    raise StoreError(f"the latency evaluation has no model {digest[:12]}. Measure it together with its baseline.")

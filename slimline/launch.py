@@ -32,7 +32,7 @@ Watcher = Callable[[Event], None]
 
 
 class Outcome(NamedTuple):
-    """What a run came to: its parent run, its log, the seconds it took in all and inside techniques, and its summary."""
+    """What a run came to: its parent run, its log, its seconds in all and inside techniques, and its summary."""
 
     run_id: str
     log: Path
@@ -53,9 +53,7 @@ def run(pipeline: str, values: dict[str, Any], watch: Watcher, command: str | No
     start = time.monotonic()
     name = str(spec["pipelineInfo"]["name"])
     store.client()
-    run_id = store.start_pipeline(
-        f"{name} {values.get('name', '')}".strip(), name, values, command or _command()
-    )
+    run_id = store.start_pipeline(f"{name} {values.get('name', '')}".strip(), name, values, command or _command())
     if "margin" in values:  # the limits are fixed before anything is measured
         limits = gate.limits_from({"margin": values["margin"], **values.get("gate_options", {})})
         store.set_tags(run_id, {store.PREFIX + "limits": limits.digest()})
@@ -70,8 +68,13 @@ def run(pipeline: str, values: dict[str, Any], watch: Watcher, command: str | No
     }  # fmt: skip
     status = "FAILED"
     seen: list[Event] = []
+
+    def note(event: Event) -> None:
+        seen.append(event)
+        watch(event)
+
     try:
-        with following(events, lambda event: (seen.append(event), watch(event))):
+        with following(events, note):
             _execute(file, values, folder, log, environment)
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
@@ -104,16 +107,12 @@ def compile(pipeline: str, out: Path) -> None:
         raise ConfigError(f"{pipeline} does not compile: {last}")
 
 
-def _execute(
-    file: Path, values: dict[str, Any], folder: Path, log: Path, environment: dict[str, str]
-) -> None:
+def _execute(file: Path, values: dict[str, Any], folder: Path, log: Path, environment: dict[str, str]) -> None:
     try:
         from kfp import components, local
         from kfp.local import subprocess_task_handler
     except ImportError:
-        raise ConfigError(
-            "running a pipeline needs kfp. Install it with `pip install 'slimline[launch]'`."
-        ) from None
+        raise ConfigError("running a pipeline needs kfp. Install it with `pip install 'slimline[launch]'`.") from None
 
     with (
         log.open("a", encoding="utf-8") as handle,

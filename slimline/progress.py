@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -17,5 +18,5 @@ def emit(event: str, step: str, **fields: Any) -> None:
     path = os.environ.get("SLIMLINE_PROGRESS")
     if path:
         line = json.dumps({"event": event, "step": step, "at": time.time(), **fields}) + "\n"
-        with open(path, "a", encoding="utf-8") as handle:
+        with Path(path).open("a", encoding="utf-8") as handle:
             handle.write(line)

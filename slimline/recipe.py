@@ -91,9 +91,7 @@ def check(spec: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(
-                f"the pipeline has no parameter {name!r}.{hint} It has: {', '.join(sorted(known))}."
-            )
+            raise ConfigError(f"the pipeline has no parameter {name!r}.{hint} It has: {', '.join(sorted(known))}.")
     whole = {}
     for name, definition in known.items():
         if name in values:
@@ -128,7 +126,7 @@ def _typed(name: str, value: Any, kind: str) -> Any:
 
 
 def _check_techniques(spec: dict[str, Any], values: dict[str, Any]) -> None:
-    """Find and configure every technique that the pipeline will run, with stand-ins for what earlier steps will make."""
+    """Find and configure every technique that will run, with stand-ins for what earlier steps will make."""
     for task in spec["root"]["dag"]["tasks"].values():
         stage = re.sub(r"^comp-|-\d+$", "", task["componentRef"]["name"]).split("-")[0]
         component = spec["components"][task["componentRef"]["name"]]["inputDefinitions"]["parameters"]
@@ -139,9 +137,7 @@ def _check_techniques(spec: dict[str, Any], values: dict[str, Any]) -> None:
         if stage not in technique.STAGES or not isinstance(method, str) or method == "none":
             continue
         module = technique.find(f"{stage}.{method}")
-        knobs = {
-            k: v for k, v in given.items() if k not in ("method", "options", "source") and v not in (None, "")
-        }
+        knobs = {k: v for k, v in given.items() if k not in ("method", "options", "source") and v not in (None, "")}
         technique.configure(module, {**knobs, **options})
 
 

@@ -74,24 +74,18 @@ def judge(
                 candidate.digest, manifest.history,
             )  # fmt: skip
 
-        return step.perform(
-            "gate", config, {"source": candidate}, evidence, step.code_digest("slimline.release"), make
-        )
+        return step.perform("gate", config, {"source": candidate}, evidence, step.code_digest("slimline.release"), make)
 
 
 def bless(model: Path) -> gate.Blessing:
     """The mechanical blessing: these bytes load and answer in a process that knows nothing of this one."""
-    done = subprocess.run(
-        [sys.executable, "-m", "slimline.serve", str(model)], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "slimline.serve", str(model)], capture_output=True, text=True)
     try:
         answer = json.loads(done.stdout.strip().split("\n")[-1])
         return gate.Blessing(ok=bool(answer["ok"]), problem=str(answer["problem"]))
     except (ValueError, KeyError):
         last = (done.stderr.strip().split("\n") or [""])[-1]
-        return gate.Blessing(
-            ok=False, problem=f"the fresh process ended with {done.returncode}: {last[:300]}"
-        )
+        return gate.Blessing(ok=False, problem=f"the fresh process ended with {done.returncode}: {last[:300]}")
 
 
 def _numbers(verdict: gate.Verdict) -> Metrics:
@@ -136,8 +130,8 @@ def register(name: str, source: str, verdict_ref: str) -> int:
 
 
 def _card(verdict: gate.Verdict, manifest: Manifest) -> str:
-    lines = [f"**{verdict.sentence}**", "", f"Base: {manifest.base} · format: {manifest.format} · "
-             f"{manifest.weights_bytes / 1e6:.1f} MB of weights", "", "| stage | seconds |", "| --- | --- |"]  # fmt: skip
+    about = f"Base: {manifest.base} · format: {manifest.format} · {manifest.weights_bytes / 1e6:.1f} MB of weights"
+    lines = [f"**{verdict.sentence}**", "", about, "", "| stage | seconds |", "| --- | --- |"]
     lines += [f"| {stage.technique} | {stage.seconds:.0f} |" for stage in manifest.history]
     return "\n".join(lines)
 
@@ -148,9 +142,7 @@ def promote_if_passed(name: str, version: int, verdict_ref: str) -> str:
         start = time.perf_counter()
         verdict, asked, _ = verdict_at(verdict_ref)
         if not verdict.allows_promotion:
-            sentence = (
-                f"Version {version} of {name} is registered, not promoted: the verdict is {verdict.status}."
-            )
+            sentence = f"Version {version} of {name} is registered, not promoted: the verdict is {verdict.status}."
         elif store.alias(name, CHAMPION) == version:
             sentence = f"Version {version} of {name} is the champion already."
         else:
@@ -177,15 +169,11 @@ def promote(name: str, version: int | None = None, allow_inconclusive: bool = Fa
     verdict, _, manifest = verdict_at(ref)
     sealed = artifact.read(store.fetch(f"models:/{name}/{version}"))
     if manifest.history[-1].parent != sealed.digest:
-        raise GateError(
-            f"the verdict on version {version} of {name} is about other bytes. Run the pipeline again."
-        )
+        raise GateError(f"the verdict on version {version} of {name} is about other bytes. Run the pipeline again.")
     wanted = ("PASS", "INCONCLUSIVE") if allow_inconclusive else ("PASS",)
     if verdict.status not in wanted:
         hint = " --allow-inconclusive would." if verdict.status == "INCONCLUSIVE" else ""
-        raise GateError(
-            f"version {version} of {name} is not promoted: its verdict is {verdict.status}.{hint}"
-        )
+        raise GateError(f"version {version} of {name} is not promoted: its verdict is {verdict.status}.{hint}")
     return _move(name, version, expected=champion, why=verdict.sentence, forced=verdict.status != "PASS")
 
 
@@ -219,9 +207,7 @@ def _move(name: str, version: int, expected: int | None, why: str, forced: bool 
         if store.alias(name, CHALLENGER) == version:
             store.set_alias(name, CHALLENGER, None)
         if store.alias(name, CHAMPION) != version:
-            raise GateError(
-                f"the champion of {name} was moved by somebody else just now. Look at it, and try again."
-            )
+            raise GateError(f"the champion of {name} was moved by somebody else just now. Look at it, and try again.")
         store.tag_model(name, {f"{store.PREFIX}move.{len(entries) + 1:06}": json.dumps(entry)})
     was = f" in place of version {expected}" if expected is not None else ""
     return f"Version {version} of {name} is now the champion{was}."
@@ -236,7 +222,7 @@ def _ledger(name: str) -> Iterator[Path]:
 
 
 def _claim(file: Path, entry: dict[str, Any], name: str) -> None:
-    """Create the next entry; only one process can. A crash after this leaves the alias where it was: nothing is lost."""
+    """Create the next entry; only one process can. A crash after this leaves the alias where it was."""
     try:
         handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
@@ -275,9 +261,7 @@ def about(ref: str) -> dict[str, Any]:
     """What `slimline show` says of a model, as plain data."""
     found = step.resolve(ref)
     if found.manifest is None:
-        raise StoreError(
-            f"{ref} is not a model that slimline made: it has no manifest. Bring it in with fetch.local."
-        )
+        raise StoreError(f"{ref} is not a model that slimline made: it has no manifest. Bring it in with fetch.local.")
     about: dict[str, Any] = {
         **found.manifest.model_dump(mode="json"),
         "size_bytes": found.manifest.size_bytes,

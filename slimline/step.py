@@ -1,4 +1,4 @@
-"""Run one technique on one model: fetch, transform, seal, save, record. The one imperative shell around pure techniques.
+"""Run one technique on one model: fetch, transform, seal, save, record. The one shell around pure techniques.
 
 A step is known by what goes in: its key is the digest of source, technique, config, data, seed and code. A finished run
 with that key is reused; anything else leaves nothing behind that could be mistaken for a result.
@@ -54,9 +54,7 @@ def run(name: str, source: str, options: dict[str, Any]) -> tuple[str, Metrics]:
         given = origin.manifest.format if origin.manifest else "path"
         if module.NEEDS not in ("any", given):
             raise ModelError(_misfit(name, module.NEEDS, source, given))
-        seconds = {
-            key: _resolve_option(getattr(config, key)) for key in technique.stored_fields(type(config))
-        }
+        seconds = {key: _resolve_option(getattr(config, key)) for key in technique.stored_fields(type(config))}
         return perform(
             name, config, {"source": origin}, seconds, code_digest(module.__name__),
             lambda out, tell: _transform(module, config, origin, seconds, out, tell),
@@ -87,9 +85,7 @@ def perform(
         "source": next(iter(sources.values())).ref,
         **{f"data.{k}": v for k, v in data.items()},
     }
-    with store.step_run(
-        name, {store.PREFIX + k: v for k, v in tags.items()}, config.model_dump(mode="json")
-    ) as run_id:
+    with store.step_run(name, {store.PREFIX + k: v for k, v in tags.items()}, config.model_dump(mode="json")) as run_id:
         for value in (*sources.values(), *(i for inputs in options.values() for i in inputs)):
             if value.manifest is None:
                 store.log_data(run_id, value.path, value.digest, name)
@@ -246,7 +242,7 @@ def _is_module(name: str) -> bool:
 
 @contextmanager
 def reporting(name: str) -> Iterator[None]:
-    """Tell the watcher that a step starts and, if so, why it failed; a full disk and a kill are said as what they are."""
+    """Tell the watcher that a step starts and, if it fails, why; a full disk is said as what it is."""
     progress.emit("start", name)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(SystemExit(143)))
@@ -276,9 +272,7 @@ def _disk_full(error: BaseException | None) -> StoreError | None:
                 f"{shutil.disk_usage(place).free / 1e6:.0f} MB free in {place}"
                 for place in dict.fromkeys([Path(tempfile.gettempdir()), store.home().parent])
             )
-            return StoreError(
-                f"the disk is full ({free}). Make room, or set TMPDIR and SLIMLINE_STORE elsewhere."
-            )
+            return StoreError(f"the disk is full ({free}). Make room, or set TMPDIR and SLIMLINE_STORE elsewhere.")
         error = error.__cause__ or error.__context__
     return None
 
@@ -320,9 +314,7 @@ def _paths(value: Any, inputs: list[Input]) -> Any:
 
 def _digest_of(inputs: list[Input]) -> str:
     return (
-        inputs[0].digest
-        if len(inputs) == 1
-        else hashlib.sha256("".join(i.digest for i in inputs).encode()).hexdigest()
+        inputs[0].digest if len(inputs) == 1 else hashlib.sha256("".join(i.digest for i in inputs).encode()).hexdigest()
     )
 
 
@@ -340,12 +332,6 @@ def _canonical(value: Any) -> bytes:
 
 def _misfit(name: str, needs: str, source: str, given: str) -> str:
     if given == "path":
-        return f"{name} needs a sealed {needs} model but {source} is a plain folder or file. Bring it in with fetch.local first."
-    where = (
-        "before export"
-        if (needs, given) == ("hf", "onnx")
-        else "after export"
-        if needs == "onnx"
-        else "elsewhere"
-    )
+        return f"{name} needs a sealed {needs} model but {source} is a plain folder. Bring it in with fetch.local."
+    where = "before export" if (needs, given) == ("hf", "onnx") else "after export" if needs == "onnx" else "elsewhere"
     return f"{name} needs {needs} but {source} is {given}. Put this step {where}."

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -20,7 +21,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,8 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 import mlflow
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.data.meta_dataset import MetaDataset
-from mlflow.data.sources import LocalArtifactDatasetSource
 from mlflow.entities import (
+    Dataset,
     DatasetInput,
     InputTag,
     LoggedModelInput,
@@ -105,13 +105,9 @@ def ping(where: str) -> None:
     except urllib.error.HTTPError as error:
         if error.code in (401, 403, 404):  # it answered: sign-in is checked by the first real call
             return
-        raise StoreError(
-            f"the tracking server at {where} answers {error.code} {error.reason}. {HINT}"
-        ) from None
+        raise StoreError(f"the tracking server at {where} answers {error.code} {error.reason}. {HINT}") from None
     except (OSError, ValueError) as error:
-        raise StoreError(
-            f"the tracking server at {where} cannot be reached ({_first_line(error)}). {HINT}"
-        ) from None
+        raise StoreError(f"the tracking server at {where} cannot be reached ({_first_line(error)}). {HINT}") from None
 
 
 @contextmanager
@@ -240,12 +236,10 @@ def tags(run_id: str) -> dict[str, str]:
 
 def log_data(run_id: str, path: Path, digest: str, context: str) -> None:
     """Tie a data set to a run as an MLflow dataset, by name, digest and place."""
-    dataset = MetaDataset(LocalArtifactDatasetSource(str(path)), name=path.name, digest=digest[:36])
-    entity = dataset._to_mlflow_entity()
+    source = json.dumps({"uri": str(path)})
+    entity = Dataset(name=path.name, digest=digest[:36], source_type="local", source=source)
     with speaking():
-        client().log_inputs(
-            run_id, datasets=[DatasetInput(entity, [InputTag("mlflow.data.context", context)])]
-        )
+        client().log_inputs(run_id, datasets=[DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
 
 
 def log_file(run_id: str, file: Path, folder: str | None = None) -> None:
@@ -257,7 +251,7 @@ def log_file(run_id: str, file: Path, folder: str | None = None) -> None:
 
 
 def save(run_id: str, path: Path, manifest: Manifest) -> str:
-    """Upload a sealed directory once and return its ref. Nothing counts until the manifest is there, which goes last."""
+    """Upload a sealed directory once, its manifest last, and return its ref."""
     with speaking():
         if manifest.format == "evaluation":
             _upload(path, lambda folder, sub: client().log_artifacts(run_id, folder, sub), "evaluation")
@@ -268,9 +262,7 @@ def save(run_id: str, path: Path, manifest: Manifest) -> str:
         )
         with tempfile.TemporaryDirectory(prefix="slimline-") as scratch:
             folder = Path(scratch) / "mlflow"
-            with (
-                warnings.catch_warnings()
-            ):  # that there is no input example: an example would be run to no end
+            with warnings.catch_warnings():  # that there is no input example: an example would be run to no end
                 warnings.simplefilter("ignore")
                 mlflow.pyfunc.save_model(
                     path=str(folder),
@@ -278,16 +270,12 @@ def save(run_id: str, path: Path, manifest: Manifest) -> str:
                     data_path=str(path),
                     signature=SIGNATURE,
                     pip_requirements=[f"slimline=={__version__}"],
-                    mlflow_model=Model(
-                        artifact_path=model.artifact_location, run_id=run_id, model_id=model.model_id
-                    ),
+                    mlflow_model=Model(artifact_path=model.artifact_location, run_id=run_id, model_id=model.model_id),
                 )
             inner = next((folder / "data").iterdir())
             if inner.name != "model":
                 raise StoreError(f"{path} must be a folder named 'model' to be saved.")
-            _upload(
-                folder, lambda f, sub: client().log_model_artifacts(model.model_id, f, sub or None), "", inner
-            )
+            _upload(folder, lambda f, sub: client().log_model_artifacts(model.model_id, f, sub or None), "", inner)
         client().finalize_logged_model(model.model_id, "READY")
         client().log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
         set_tags(run_id, {PREFIX + "model": model.model_id, PREFIX + "digest": manifest.digest})
@@ -350,9 +338,7 @@ def _place(ref: str) -> str:
             return f"{run.info.artifact_uri}/evaluation"
         model_id = run.data.tags.get(PREFIX + "model")
         if folder != "model" or not model_id:
-            raise StoreError(
-                f"{ref} does not resolve: run {run_id} has no finished model. Run the step again."
-            )
+            raise StoreError(f"{ref} does not resolve: run {run_id} has no finished model. Run the step again.")
         return f"{client().get_logged_model(model_id).artifact_location}/data/model"
     model_id = rest if rest.startswith("m-") else _model_id(version_of(ref), ref)
     return f"{client().get_logged_model(model_id).artifact_location}/data/model"
@@ -388,9 +374,7 @@ def _local(place: str, ref: str) -> Path:
     plain = place.removeprefix("file://")
     if plain.startswith("/"):
         if not Path(plain).is_dir():
-            raise StoreError(
-                f"{ref} points to {plain}, which is gone. Run the step again, or restore the folder."
-            )
+            raise StoreError(f"{ref} points to {plain}, which is gone. Run the step again, or restore the folder.")
         return Path(plain)
     cache = home() / "fetched" / hashlib.sha256(f"{uri()} {place}".encode()).hexdigest()[:24]
     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -511,9 +495,7 @@ def check_name(name: str) -> None:
 def _with_key(key: str, status: str) -> list[Run]:
     experiments = [e.experiment_id for e in client().search_experiments()]
     where = f"tags.`{PREFIX}key` = '{key}' and attributes.status = '{status}'"
-    return list(
-        client().search_runs(experiments, where, order_by=["attributes.start_time ASC"], max_results=20)
-    )
+    return list(client().search_runs(experiments, where, order_by=["attributes.start_time ASC"], max_results=20))
 
 
 def _bury_the_dead(key: str) -> None:
@@ -524,10 +506,8 @@ def _bury_the_dead(key: str) -> None:
 
 
 def _end_quietly(run_id: str, status: str) -> None:
-    try:
+    with suppress(MlflowException, StoreError):  # the reason why the step ends is worth more than this
         client().set_terminated(run_id, status)
-    except (MlflowException, StoreError):
-        pass  # the reason why the step ends is worth more than this
 
 
 def _process_tags() -> dict[str, str]:

@@ -61,9 +61,7 @@ class Technique(Protocol):
 def names(stage: str) -> list[str]:
     """The techniques of one stage, by file name."""
     if stage not in STAGES:
-        raise ConfigError(
-            f"no stage {stage!r}.{_nearest(stage, STAGES)} The stages are: {', '.join(STAGES)}."
-        )
+        raise ConfigError(f"no stage {stage!r}.{_nearest(stage, STAGES)} The stages are: {', '.join(STAGES)}.")
     package = importlib.import_module(f"slimline.{stage}")
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
 

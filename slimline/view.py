@@ -51,9 +51,7 @@ class View:
             self.bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.bar:
             self.bar.stop()
 
@@ -86,9 +84,7 @@ class View:
                 total=event["total"],
                 note=event["note"],
             )
-        elif (tenth := 10 * event["done"] // max(event["total"], 1)) != self.tenth or event[
-            "what"
-        ] != self.what:
+        elif (tenth := 10 * event["done"] // max(event["total"], 1)) != self.tenth or event["what"] != self.what:
             if time.monotonic() - self.began > 5:
                 self._line(f"      {label} {10 * tenth} % {event['note']}".rstrip())
             self.tenth = tenth

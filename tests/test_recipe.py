@@ -92,9 +92,7 @@ def test_a_file_that_is_not_a_recipe_is_said_to_be_none(tmp_path, content):
 
 
 def test_set_reads_values_as_yaml_and_reaches_into_mappings():
-    assigned = recipe.assign(
-        ["margin=0.01", "name=x", "train_options.batch_size=8", "train_learning_rate=5e-5"]
-    )
+    assigned = recipe.assign(["margin=0.01", "name=x", "train_options.batch_size=8", "train_learning_rate=5e-5"])
     assert assigned == {
         "margin": 0.01, "name": "x", "train_options": {"batch_size": 8}, "train_learning_rate": "5e-5",
     }  # fmt: skip
@@ -107,7 +105,7 @@ def test_a_number_in_scientific_notation_is_a_number(spec, values):
 
 
 def test_an_unknown_pipeline_names_those_there_are():
-    with pytest.raises(ConfigError, match="There is: .*optimize"):
+    with pytest.raises(ConfigError, match=r"There is: .*optimize"):
         recipe.pipeline_file("optimise")
 
 

@@ -136,9 +136,7 @@ def test_an_unreachable_server_is_said_within_seconds(monkeypatch):
 
 def test_four_processes_that_open_a_new_store_at_once_all_find_it_whole(tmp_path):
     code = "from slimline import store\nwith store.step_run('s', {}, {}) as run_id:\n    print(run_id)\n"
-    environment = {
-        k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "SLIMLINE_PARENT_RUN")
-    }
+    environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "SLIMLINE_PARENT_RUN")}
     environment["SLIMLINE_STORE"] = str(tmp_path / "new")
     started = [
         subprocess.Popen(
