@@ -144,7 +144,7 @@ def _on_cpu(found: Findings) -> list[str]:
     else:
         said.append(
             "int8 has no instructions of its own here (VNNI): sums of full 8-bit products would be cut off, so keep "
-            "weights at 7 bits (reduce_range, the default); int8 gains less than on newer processors. Measure where you serve."
+            "weights at 7 bits (reduce_range, the default); int8 gains less than on newer processors."
         )
     if "bf16" in found.isa:
         said.append("bf16 has its own instructions: training uses it where it measures faster.")
