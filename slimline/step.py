@@ -203,20 +203,27 @@ def resolve(ref: str) -> Input:
 
 def code_digest(module: str) -> str:
     """Digest of a module's source and of all slimline modules it imports, at any depth and inside functions too."""
-    whole, todo, seen = hashlib.sha256(), [module], set()
+    whole = hashlib.sha256()
+    for name in sorted(imported_modules(module) - PLUMBING):
+        whole.update(name.encode() + (_source(name) or b""))
+    return whole.hexdigest()
+
+
+def imported_modules(module: str) -> set[str]:
+    """The module and the slimline modules that it imports, found in the source without running any of it."""
+    todo, seen = [module], set()
     while todo:
         name = todo.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.origin and spec.origin.endswith(".py"):
-            todo += _imports(Path(spec.origin).read_text(encoding="utf-8"))
-    for name in sorted(seen - PLUMBING):
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.origin:
-            whole.update(name.encode() + Path(spec.origin).read_bytes())
-    return whole.hexdigest()
+        if name not in seen:
+            seen.add(name)
+            todo += _imports((_source(name) or b"").decode())
+    return seen
+
+
+def _source(name: str) -> bytes | None:
+    spec = importlib.util.find_spec(name)
+    found = spec is not None and spec.origin and spec.origin.endswith(".py")
+    return Path(str(spec.origin)).read_bytes() if spec and found else None
 
 
 # What carries and describes a technique without changing its numbers: an edit here must not throw hours away.
