@@ -1,0 +1,255 @@
+"""One file of labelled text, split so that no text is on both sides of a measurement.
+
+A data set is a .parquet, .csv, .tsv or .jsonl file with the columns text and label, and optionally id and split (train,
+calibration, validation, test). Without a split column a row's split comes from the hash of its normalized text, so that
+a duplicate never crosses. With one, a text found in two splits is refused. Other columns are not read. Rows keep the
+order of the file. A .tsv has no quoting (a quotation mark is a quotation mark); a .csv has the usual one.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import sys
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimline.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+SPLITS = ("train", "calibration", "validation", "test")
+SHARES = (0.60, 0.05, 0.10, 0.25)
+NEEDED = ("text", "label")
+OPTIONAL = ("id", "split")
+SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The rows of one split, in the file's order: three lists of one length."""
+
+    ids: list[str]
+    texts: list[str]
+    labels: list[str]
+    known: tuple[str, ...] = ()
+    """Every label of the whole file, so that all splits count the same ones."""
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The labels, sorted."""
+        return tuple(sorted(self.known or set(self.labels)))
+
+    def targets(self, label_names: Sequence[str]) -> NDArray[np.int64]:
+        """The index of every row's label in `label_names`. Raises DataError for a label that is not there."""
+        import numpy as np
+
+        index = {name: i for i, name in enumerate(label_names)}
+        for row, label in zip(self.ids, self.labels):
+            if label not in index:
+                raise _unknown_label(f"row {row}", label, label_names)
+        return np.array([index[label] for label in self.labels], dtype=np.int64)
+
+
+def read(path: Path, split: str, labels: Sequence[str] | None = None) -> Examples:
+    """The rows of one split, after the whole file was checked. With `labels`, a label outside them is a DataError."""
+    if split not in SPLITS:
+        raise DataError(f"no split {split!r}. The splits are: {', '.join(SPLITS)}.")
+    rows = _rows(path)
+    found = [_example(path, number, row, labels) for number, row in enumerate(rows, 1)]
+    names = {label for _, _, label in found}
+    if len(names) < 2:
+        raise DataError(f"{path}: every row has the label {names.pop()!r}. A classifier needs at least two labels.")
+    _refuse_repeated_ids(path, [row_id for row_id, _, _ in found])
+    given = "split" in rows[0]
+    where = _given_splits(path, rows, found) if given else [assign_split(text) for _, text, _ in found]
+    chosen = [example for example, place in zip(found, where) if place == split]
+    if not chosen:
+        raise DataError(f"{path} has no row in split {split!r} ({len(rows)} rows in all). Add rows to that split.")
+    known = tuple(sorted(labels)) if labels is not None else tuple(sorted(names))
+    return Examples([i for i, _, _ in chosen], [t for _, t, _ in chosen], [n for _, _, n in chosen], known)
+
+
+def normalize(text: str) -> str:
+    """The text as duplicates are found by: compatible characters (NFKC), case and white space made one."""
+    return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
+
+
+def assign_split(text: str, shares: Sequence[float] = SHARES) -> str:
+    """The split of a text, from its normalized form alone; `shares` are the parts of SPLITS and sum to 1."""
+    place = int.from_bytes(hashlib.sha256(normalize(text).encode()).digest()[:8], "big") / 2**64
+    for split, share in zip(SPLITS, shares):
+        if place < share:
+            return split
+        place -= share
+    return SPLITS[-1]
+
+
+def _rows(path: Path) -> list[Row]:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"{path} {what}. Give one file that ends in {', '.join(SUFFIXES)}.")
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path} ends in {path.suffix!r}. A data set ends in {', '.join(SUFFIXES)}.")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty. It needs the columns {' and '.join(NEEDED)} and at least one row.")
+    readers = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl}
+    rows = readers[path.suffix](path)
+    if not rows:
+        raise DataError(f"{path} has no rows. Add at least one row for every label and split.")
+    return rows
+
+
+def _need_columns(path: Path, columns: Iterable[str]) -> list[str]:
+    there = list(columns)
+    missing = [name for name in NEEDED if name not in there]
+    if missing:
+        raise DataError(
+            f"{path} has the columns {', '.join(map(str, there)) or '(none)'} but needs {' and '.join(NEEDED)}: "
+            f"{' and '.join(missing)} not found. Rename or add them."
+        )
+    repeated = {name for name in (*NEEDED, *OPTIONAL) if there.count(name) > 1}
+    if repeated:
+        raise DataError(f"{path} has more than one column {' and '.join(sorted(repeated))}. Keep one of each.")
+    return [name for name in (*NEEDED, *OPTIONAL) if name in there]
+
+
+def _parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = _need_columns(path, file.schema_arrow.names)
+            rows: list[Row] = file.read(columns=columns).to_pylist()
+            return rows
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} holds text that is not UTF-8 ({error.reason}). Write it again as UTF-8.") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} is not a Parquet file that can be read ({str(error)[:120]}). Write it again."
+        ) from None
+
+
+def _csv(path: Path) -> list[Row]:
+    style: dict[str, Any] = (
+        {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
+    )
+    before = csv.field_size_limit(sys.maxsize)  # a long text is a text, not an error
+    try:
+        lines = csv.reader(io.StringIO(_text(path), newline=""), **style)
+        header = next(lines, [])
+        keep = [(header.index(name), name) for name in _need_columns(path, header)]
+        rows = []
+        for cells in lines:
+            if cells and len(cells) != len(header):
+                raise DataError(
+                    f"{path}, line {lines.line_num}: {len(cells)} fields, but the header has {len(header)}. "
+                    f"Quote a separator inside a text, or write the file as .parquet or .jsonl."
+                )
+            if cells:
+                rows.append({name: cells[i] for i, name in keep})
+        return rows
+    except csv.Error as error:
+        raise DataError(f"{path}, line {lines.line_num}: {error}. Mend the quoting, or write .jsonl.") from None
+    finally:
+        csv.field_size_limit(before)
+
+
+def _jsonl(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise DataError(f"{path}, line {number}: not JSON. Write one object a line.") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: a {type(row).__name__}, not an object. Write one object a line.")
+        columns = _need_columns(path, row)
+        if rows and columns != list(rows[0]):
+            raise DataError(
+                f"{path}, line {number}: has {', '.join(columns)} where line 1 has {', '.join(rows[0])}. "
+                f"Give every line the same keys."
+            )
+        rows.append({name: row[name] for name in columns})
+    return rows
+
+
+def _text(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}, line {line}: the byte {raw[error.start]:#04x} is not UTF-8. "
+            f"Convert the file, for example with `iconv -f LATIN1 -t UTF-8`."
+        ) from None
+
+
+def _example(path: Path, number: int, row: Row, labels: Sequence[str] | None) -> tuple[str, str, str]:
+    where, text = f"{path}, row {number}", row["text"]
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{where}: the text is {text!r}. Remove the row, or give it a text.")
+    if "\0" in text:
+        raise DataError(f"{where}: the text holds a NUL byte. Remove it.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: the text holds half a surrogate pair. Write the character as UTF-8.") from None
+    label = _plain(row["label"])
+    if not label:
+        raise DataError(f"{where}: the label is {row['label']!r}. Remove the row, or label it.")
+    if labels is not None and label not in labels:
+        raise _unknown_label(where, label, labels)
+    row_id = _plain(row["id"]) if "id" in row else str(number)
+    if not row_id:
+        raise DataError(f"{where}: the id is {row['id']!r}. Give every row an id, or leave the column out.")
+    return row_id, text, label
+
+
+def _plain(value: object) -> str:
+    """A label or an id as text: 1 and 1.0 are '1'; '' for what says nothing (null, NaN, blank, a list)."""
+    if isinstance(value, float):
+        return "" if not math.isfinite(value) else str(int(value)) if value.is_integer() else str(value)
+    text = str(value).strip() if isinstance(value, str | int) else ""
+    return "" if text.casefold() == "nan" else text
+
+
+def _given_splits(path: Path, rows: list[Row], found: list[tuple[str, str, str]]) -> list[str]:
+    first: dict[str, tuple[str, str]] = {}
+    for number, (row, (row_id, text, _)) in enumerate(zip(rows, found), 1):
+        split = row["split"]
+        if split not in SPLITS:
+            raise DataError(f"{path}, row {number}: the split is {split!r}. The splits are: {', '.join(SPLITS)}.")
+        other, its_split = first.setdefault(normalize(text), (row_id, split))
+        if its_split != split:
+            raise DataError(
+                f"{path}: rows {other} ({its_split}) and {row_id} ({split}) hold the same text {text[:60]!r}. "
+                f"Put duplicates into one split, or remove the split column and let the text's hash decide."
+            )
+    return [row["split"] for row in rows]
+
+
+def _refuse_repeated_ids(path: Path, ids: list[str]) -> None:
+    seen: set[str] = set()
+    for row_id in ids:
+        if row_id in seen:
+            raise DataError(f"{path}: the id {row_id!r} is there twice. Make ids unique, or leave the column out.")
+        seen.add(row_id)
+
+
+def _unknown_label(where: str, label: str, labels: Sequence[str]) -> DataError:
+    return DataError(f"{where}: the label is {label!r}, but the model knows: {', '.join(labels)}. Rename or remove it.")
