@@ -1,0 +1,86 @@
+"""Measure a champion against its base, served by PyTorch and by ONNX Runtime fp32, and write benchmarks/NAME.md.
+
+    python -m benchmarks [NAME]
+
+NAME is a registered model with a champion, such as the one that `make run` leaves (reviews). One thread, batch 1, real
+texts of the test split, tokenization included, all models interleaved in one process; ratios with 95 % intervals.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from slimline import artifact, evidence, release, store
+from slimline.evaluate import latency
+
+QUERIES = 2000
+
+
+def main(name: str) -> None:
+    """Time, write the table and the numbers behind it, and say where they are."""
+    champion = f"models:/{name}@champion"
+    ref = store.version_of(champion).tags[store.PREFIX + "verdict_ref"]
+    _, asked, _ = release.verdict_at(ref)
+    stage = artifact.read(store.fetch(asked.latency)).history[-1]
+    quality = {
+        "base": evidence.table(store.fetch(asked.baseline)),
+        "champion": evidence.table(store.fetch(asked.quality)),
+    }
+    config = latency.Config(
+        data=stage.config["data"],
+        against=tuple(str(store.fetch(r)) for r in stage.config["against"]),
+        queries=QUERIES,
+        batches=48,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        latency.run(store.fetch(champion), Path(scratch), config)
+        measured = json.loads((Path(scratch) / latency.LATENCY).read_text(encoding="utf-8"))
+    folder = Path(__file__).parent
+    (folder / f"{name}.json").write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(page(name, measured, quality), encoding="utf-8")
+    print(f"{folder / name}.md")
+
+
+def page(name: str, measured: dict[str, Any], quality: dict[str, dict[str, list[Any]]]) -> str:
+    """The table as Markdown, with the machine and the command that made it."""
+    variants = measured["variants"]
+    served = next(v for v in variants if v["format"] == "onnx")
+    machine = ", ".join(f"{key} {value}" for key, value in measured["machine"].items() if value)
+    right = {who: accuracy(table) for who, table in quality.items()}
+    lines = [
+        f"# {name}: the champion against its base",
+        "",
+        f"`make run`, then `python -m benchmarks {name}`. {measured['queries']} texts of the test split one at a time and "
+        f"{measured['batch_size']} at a time, {measured['threads']} thread, tokenization {measured['tokenization']}, all "
+        "models interleaved in one process; p99 is an upper bound from order statistics.",
+        "",
+        f"Machine: {machine}.",
+        "",
+        f"Accuracy on {len(quality['base']['id'])} test texts: base {right['base']:.2%}, champion "
+        f"{right['champion']:.2%}: {right['champion'] / right['base']:.1%} of the base's.",
+        "",
+        "| model | runtime | p50 ms | p99 ms <= | against PyTorch | against ONNX Runtime fp32 | texts/s at "
+        f"{measured['batch_size']} | weights MB | peak memory MB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for v in variants:
+        ratio = f"{v['speedup']:.2f}x ({v['speedup_low']:.2f}-{v['speedup_high']:.2f})"
+        lines.append(
+            f"| {v['name']} | {v['runtime']} | {v['p50_ms']:.2f} | {v['p99_ms']:.2f} | {ratio} | "
+            f"{served['p50_ms'] / v['p50_ms']:.2f}x | {v['throughput_per_s']:.0f} | {v['weights_bytes'] / 1e6:.1f} | "
+            f"{v['peak_memory_bytes'] / 1e6:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def accuracy(table: dict[str, list[Any]]) -> float:
+    """Fraction of the answers that are right."""
+    return sum(a == b for a, b in zip(table["label"], table["predicted"])) / len(table["label"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "reviews")
