@@ -1,0 +1,199 @@
+"""ONNX graphs: read safely, write the same bytes twice, count, and move work that nobody needs.
+
+Shapes: B = texts, S = tokens, H = width.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slimline.errors import ModelError
+
+if TYPE_CHECKING:
+    import onnx
+
+FILE = "model.onnx"
+QUANTIZED = frozenset(
+    {
+        "QAttention",
+        "QEmbedLayerNormalization",
+        "MatMulInteger",
+        "MatMulNBits",
+        "QLinearMatMul",
+        "DynamicQuantizeLinear",
+        "DynamicQuantizeMatMul",
+        "MatMulIntegerToFloat",
+        "QuantizeLinear",
+        "DequantizeLinear",
+    }
+)
+"""Operators that only a quantized graph has."""
+
+PER_TOKEN = {"MatMul": (0,), "BiasGelu": (0,), "Gelu": (0,), "SkipLayerNormalization": (0, 1)}
+"""Operators that treat every token alone, and which of their inputs [B, S, H] run over tokens."""
+
+
+def read(file: Path) -> onnx.ModelProto:
+    """The graph with its weights. Raises ModelError for a broken file or weights kept outside its folder."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        model = onnx.load(str(file), load_external_data=False)
+    except (DecodeError, OSError):
+        raise ModelError(f"{file} is not a readable ONNX file. Run export.onnx again.") from None
+    for tensor in _tensors(model.graph):
+        if onnx.external_data_helper.uses_external_data(tensor):
+            _check_contained(file, tensor)
+    onnx.load_external_data_for_model(model, str(file.parent))
+    return model
+
+
+def write(model: onnx.ModelProto, file: Path) -> None:
+    """One file with the weights inside; equal graphs give equal bytes."""
+    import onnx
+
+    model.doc_string, model.graph.doc_string, model.graph.name = "", "", "slimline"
+    del model.metadata_props[:]
+    for node in model.graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+    del model.graph.value_info[:]  # inner shapes: stale after a rewrite, and the runtime infers them
+    onnx.checker.check_model(model)
+    file.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def count(model: onnx.ModelProto) -> Counter[str]:
+    """How many nodes of each kind."""
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def set_heads(model: onnx.ModelProto, head_width: int) -> None:
+    """Give every fused Attention its own number of heads, which differs by layer after pruning."""
+    width = {tensor.name: tensor.dims[1] for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    for node in model.graph.node:
+        if node.op_type == "Attention":
+            heads = next(a for a in node.attribute if a.name == "num_heads")
+            heads.i = width[node.input[1]] // 3 // head_width  # q, k and v lie side by side
+
+
+def first_token_only(model: onnx.ModelProto) -> int:
+    """Let the last layer work on the one token that the head reads: same numbers, less to compute.
+
+    A classification head takes token 0 of [B, S, H]. What stands before it and treats tokens one by one (the
+    last layer's output projection and feed-forward) need not see the rest: the pick moves up to the attention.
+    Returns how many nodes now work on one token; 0 where the pattern is not there.
+    """
+    import numpy as np
+    import onnx
+
+    graph = model.graph
+    producer = {name: node for node in graph.node for name in node.output}
+    users: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    picks = [node for node in graph.node if _picks_first_token(node, model)]
+    if len(picks) != 1:
+        return 0
+    cone, edge = _per_token_cone(picks[0], producer, users)
+    if not cone:
+        return 0
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array([0], np.int64), "first_token"))
+    moved = {id(node) for node in cone}
+    nodes = []
+    for node in graph.node:
+        if id(node) in moved:
+            for index, name in enumerate(node.input):
+                node.input[index] = edge.get(name, name)
+        nodes.append(node)
+        nodes += [
+            onnx.helper.make_node("Gather", [name, "first_token"], [edge[name]], f"{edge[name]}_pick", axis=1)
+            for name in node.output
+            if name in edge
+        ]
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
+    return len(cone)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what exporter, optimizer and quantizer say about traces, deprecations and shapes."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _per_token_cone(
+    pick: onnx.NodeProto, producer: dict[str, onnx.NodeProto], users: dict[str, list[onnx.NodeProto]]
+) -> tuple[list[onnx.NodeProto], dict[str, str]]:
+    """The per-token nodes that only `pick` depends on, and new names for what enters them."""
+    inside = {id(pick)}
+    cone: list[onnx.NodeProto] = []
+    while True:  # a residual is used twice: a node may qualify only after its other user did
+        grown, edge, pending = False, {}, [pick.input[0]]
+        while pending:
+            name = pending.pop()
+            node = producer.get(name)
+            if node is None or name in edge:
+                continue
+            fits = node.op_type in PER_TOKEN and len([o for o in node.output if o]) == 1
+            if fits and all(id(user) in inside for user in users[name]):
+                if id(node) not in inside:
+                    inside.add(id(node))
+                    cone.append(node)
+                    grown = True
+                pending += [node.input[index] for index in PER_TOKEN[node.op_type]]
+            else:
+                edge[name] = f"{name}_first"
+        if not grown:
+            return cone, edge
+
+
+def _picks_first_token(node: onnx.NodeProto, model: onnx.ModelProto) -> bool:
+    """Whether the node is Gather(axis=1, index 0) of hidden states."""
+    import onnx
+
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+    if node.op_type != "Gather" or axis != 1:
+        return False
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    for other in model.graph.node:
+        if other.op_type == "Constant" and other.attribute[0].name == "value":
+            values[other.output[0]] = other.attribute[0].t
+    index = values.get(node.input[1])
+    return index is not None and onnx.numpy_helper.to_array(index).tolist() == 0
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterable[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                if inner.node or inner.initializer:
+                    yield from _tensors(inner)
+
+
+def _check_contained(file: Path, tensor: onnx.TensorProto) -> None:
+    location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+    target = file.parent / location
+    inside = target.resolve().is_relative_to(file.parent.resolve())
+    if not location or not inside or target.is_symlink() or not target.is_file():
+        raise ModelError(
+            f"{file} keeps weights in {location!r}, which is no plain file of its folder. "
+            "Put the weights into the file itself."
+        )

@@ -1,0 +1,97 @@
+"""Dynamic int8: weights become 8-bit integers, activations are rounded on the fly, batch by batch.
+
+Works on the fused graph (attention stays one node) and needs no calibration. About a quarter of the bytes, and 1.7x
+as fast as fp32 on a processor with AVX2 alone (MiniLM-L6, one thread, one text at a time).
+
+Weights keep 7 of the 8 bits by default. A processor without VNNI adds two products in 16 bits, where two full 8-bit
+products do not fit and are cut off in silence: 64 times 255 x 127 came out as 1,048,544 instead of 2,072,640. With
+7 bits no sum can overflow, on any processor, and no time is lost.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from slimline import graph, hf, parity
+from slimline.errors import ModelError
+from slimline.technique import BaseConfig, Metrics, Stored
+
+if TYPE_CHECKING:
+    import onnx
+
+NEEDS = GIVES = "onnx"
+
+TABLES = ("EmbedLayerNormalization", "Gather")
+
+
+class Config(BaseConfig):
+    data: Stored = Field(description="texts (calibration split) on which the labels must stay what they were")
+    per_channel: bool = Field(True, description="one scale for each output, not one for a whole matrix")
+    reduce_range: bool = Field(True, description="7-bit weights: exact on processors without VNNI")
+    embeddings: bool = Field(True, description="store the embedding table in 8 bits as well")
+    texts: int = Field(256, ge=2, description="how many texts the guard compares")
+    agreement: float = Field(0.97, ge=0, le=1, description="fraction of texts that must keep their label")
+    kl: float = Field(0.05, gt=0, description="largest mean divergence from the source, in nats")
+
+
+def run(source: Path, out: Path, config: Config) -> Metrics:
+    """Write the quantized graph and the source's other files. Raises ModelError where it strays too far."""
+    before = graph.read(source / graph.FILE)
+    if already := graph.QUANTIZED & graph.count(before).keys():
+        raise ModelError(f"{source} is quantized already ({', '.join(sorted(already))}). Quantize once.")
+    out.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.is_file() and file.suffix in (".json", ".txt") and file.name != "manifest.json":
+            shutil.copyfile(file, out / file.name)
+    with graph.quiet():
+        after = quantize(before, out / graph.FILE, config)
+    graph.write(after, out / graph.FILE)
+    tokenizer = hf.tokenizer(source, parity.max_length(source))
+    texts = parity.texts(Path(config.data), config.texts)
+    logits = [parity.onnx_logits(folder / graph.FILE, tokenizer, texts) for folder in (source, out)]
+    difference = parity.compare(*logits)
+    parity.require_close(difference, texts, config.agreement, config.kl)
+    return {
+        **quantized(after),
+        "size_before_bytes": float((source / graph.FILE).stat().st_size),
+        "size_bytes": float((out / graph.FILE).stat().st_size),
+        "agreement": difference.agreement,
+        "kl_mean": difference.kl_mean,
+        "max_abs": difference.max_abs,
+    }
+
+
+def quantize(model: onnx.ModelProto, file: Path, config: Config) -> onnx.ModelProto:
+    """The graph with its matrices in int8, written to `file`. The one that makes the logits stays."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    for index, node in enumerate(model.graph.node):
+        node.name = node.name or f"{node.op_type}_{index}"
+    last = [node.name for node in model.graph.node if "logits" in node.output]
+    quantize_dynamic(
+        model,
+        file,
+        op_types_to_quantize=["MatMul", "Attention", *(TABLES if config.embeddings else ())],
+        per_channel=config.per_channel,
+        reduce_range=config.reduce_range,
+        weight_type=QuantType.QInt8,
+        nodes_to_exclude=[*last, *(f"{name}_MatMul" for name in last)],  # a Gemm becomes such a MatMul first
+        extra_options={"DefaultTensorType": 1},  # a fused graph has tensors whose type nothing infers: float
+    )
+    return graph.read(file)
+
+
+def quantized(model: onnx.ModelProto) -> Metrics:
+    """How many nodes of each kind work on integers now; a table counts once for each lookup into 8-bit rows."""
+    found = graph.count(model)
+    integers = {t.name for t in model.graph.initializer if t.data_type in (t.UINT8, t.INT8) and len(t.dims) == 2}
+    lookups = [n for n in model.graph.node if n.op_type in ("Gather", "QEmbedLayerNormalization")]
+    return {
+        "num_quantized_attention": float(found["QAttention"]),
+        "num_quantized_matmul": float(found["MatMulInteger"]),
+        "num_quantized_tables": float(sum(bool(integers & set(node.input)) for node in lookups)),
+    }
