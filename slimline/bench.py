@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def interleave(calls: dict[str, Call], queries: int, blocks: int, what: str = "t
     for call in calls.values():
         warm_up(call, queries)
     collecting = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # what the libraries hold stays: going through it after every block would cost more than the block
     gc.disable()  # a collection would be charged to whoever is on
     try:
         for block in track(np.array_split(np.arange(queries), blocks), what):
@@ -58,6 +61,7 @@ def interleave(calls: dict[str, Call], queries: int, blocks: int, what: str = "t
                 times[name].append(np.concatenate([forth[name], _turn(calls[name], back)]))
             gc.collect()
     finally:
+        gc.unfreeze()
         if collecting:
             gc.enable()
     return times
@@ -89,6 +93,7 @@ def warm_up(call: Call, queries: int, patience: int = 20, clock: Callable[[], fl
     return done * WARM_UP
 
 
+@lru_cache
 def queries_needed(percentile: float, over: int = 1, confidence: float = 0.99) -> int:
     """The fewest queries that bound a percentile when `over` of them may lie above the bound."""
     from scipy.stats import binom

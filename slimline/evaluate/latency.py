@@ -20,7 +20,6 @@ from pydantic import Field, field_validator
 from slimline import artifact, bench, data, serve
 from slimline.artifact import Manifest
 from slimline.data import SPLITS
-from slimline.errors import DataError
 from slimline.technique import BaseConfig, Metrics, Stored, track
 
 NEEDS = "any"
@@ -110,8 +109,6 @@ def distinct(paths: list[Path]) -> dict[str, Path]:
 
 def draw(texts: list[str], config: Config) -> list[str]:
     """As many texts as there are queries, in an order drawn by seed; all are used before one is used again."""
-    if not texts:
-        raise DataError(f"{config.data} has no text in split {config.split!r}. Name another split.")
     order = np.random.default_rng(config.seed).permutation(len(texts))
     return [texts[i] for i in np.resize(order, config.queries)]
 
