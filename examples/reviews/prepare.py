@@ -2,9 +2,9 @@
 
     python examples/reviews/prepare.py movie_reviews.tsv examples/reviews/movies.parquet
 
-The input has the columns id, rating (-4 to 4) and text, separated by tabs. The label is the rating's sign; ratings within
-0.5 of zero are left out as neutral. Of texts that are equal once normalized, the first stays; when their labels differ,
-none stays. The split comes from the hash of the normalized text, so it depends on nothing else in the file.
+The input has the columns id, rating (-4 to 4) and text, separated by tabs. The label is the rating's sign; ratings
+within 0.5 of zero are left out as neutral. Of texts that are equal once normalized, the first stays; when their labels
+differ, none stays. The split comes from the hash of the normalized text, so it depends on nothing else in the file.
 """
 
 from __future__ import annotations
