@@ -70,11 +70,12 @@ def probe(path: Path) -> dict[str, Any]:
 def tolerance(manifest: Manifest) -> float:
     """How far a probability may move when a text is answered in company instead of alone.
 
-    Kernels add in another order for another shape, and a GPU may round to TF32: 0.01 covers that. Quantized
-    activations share one scale in a batch, so company moves an answer by some hundredths: 0.15. A lost mask
-    or mixed-up rows move it by more than either.
+    Kernels add in another order for another shape, and a GPU may round to TF32: 0.01 covers that. Dynamically
+    quantized activations share one scale in a batch, so company moves an answer: by 0.02 in the median and 0.11 at
+    most over 300 reviews in MiniLM-L6, so 0.25. Every example still counts as it was answered in the evaluation.
+    A lost mask or mixed-up rows move some answer by more.
     """
-    return 0.15 if any(stage.technique.startswith("quantize.") for stage in manifest.history) else 0.01
+    return 0.25 if any(stage.technique.startswith("quantize.") for stage in manifest.history) else 0.01
 
 
 def problems(predictor: serve.Predictor, tolerance: float) -> Iterator[str]:
