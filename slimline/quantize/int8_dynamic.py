@@ -5,7 +5,9 @@ as fast as fp32 on a processor with AVX2 alone (MiniLM-L6, one thread, one text 
 
 Weights keep 7 of the 8 bits by default. A processor without VNNI adds two products in 16 bits, where two full 8-bit
 products do not fit and are cut off in silence: 64 times 255 x 127 came out as 1,048,544 instead of 2,072,640. With
-7 bits no sum can overflow, on any processor, and no time is lost.
+7 bits no sum can overflow, so that a model judged on one processor computes the same sums on another; no time is lost.
+It is not closer on average: MiniLM-L6 with a fitted head, AVX2, 500 movie reviews: mean KL 0.00097 with 7 bits (no
+label changed), 0.00064 with 8 (one changed); one scale for a whole matrix, 7 bits: 0.00591 (one changed).
 """
 
 from __future__ import annotations
