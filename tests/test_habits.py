@@ -25,6 +25,8 @@ LONG = 250
 # Imports everything it is told to and says what came of it, in a process that nothing else has touched.
 PROBE = """
 import importlib, json, logging, sys, threading, warnings
+if len(sys.argv) > 2:
+    import jinja2, numpy, pyarrow.parquet, psutil, pydantic, yaml  # what they do to us is not our doing
 before = (list(logging.root.handlers), logging.root.level, list(warnings.filters), threading.active_count())
 for name in json.loads(sys.argv[1]):
     importlib.import_module(name)
