@@ -1,3 +1,28 @@
 """Fixtures for all tests: see stores.py for stores and tiny.py for models."""
 
+import pytest
+
 from tests.stores import fresh_store, migrated  # noqa: F401
+from tests.tiny import make_data, make_tiny, seal_tiny
+
+
+@pytest.fixture
+def tiny_bert(tmp_path):
+    """A sealed BERT classifier with two labels and three layers."""
+    return seal_tiny(make_tiny("bert", tmp_path / "tiny_bert"))
+
+
+@pytest.fixture
+def tiny_encoder(tmp_path):
+    """A sealed bare BERT encoder, without a head."""
+    from slimline import artifact
+
+    folder = make_tiny("bert", tmp_path / "tiny_encoder", head=False)
+    artifact.seal(folder, format="hf", task="", labels=(), base="made for a test")
+    return folder
+
+
+@pytest.fixture
+def tiny_data(tmp_path):
+    """240 texts of uneven length that can be learned, split already."""
+    return make_data(tmp_path / "tiny.parquet")
