@@ -112,8 +112,7 @@ def _rows(path: Path) -> list[Row]:
 
 def _need_columns(path: Path, columns: Iterable[str]) -> list[str]:
     there = list(columns)
-    missing = [name for name in NEEDED if name not in there]
-    if missing:
+    if missing := [name for name in NEEDED if name not in there]:
         raise DataError(
             f"{path} has the columns {', '.join(map(str, there)) or '(none)'} but needs {' and '.join(NEEDED)}: "
             f"{' and '.join(missing)} not found. Rename or add them."
@@ -179,10 +178,8 @@ def _jsonl(path: Path) -> list[Row]:
             raise DataError(f"{path}, line {number}: a {type(row).__name__}, not an object. Write one object a line.")
         columns = _need_columns(path, row)
         if rows and columns != list(rows[0]):
-            raise DataError(
-                f"{path}, line {number}: has {', '.join(columns)} where line 1 has {', '.join(rows[0])}. "
-                f"Give every line the same keys."
-            )
+            there = ", ".join(rows[0])
+            raise DataError(f"{path}, line {number}: has {', '.join(columns)}, but line 1 {there}. Use the same keys.")
         rows.append({name: row[name] for name in columns})
     return rows
 
@@ -192,11 +189,8 @@ def _text(path: Path) -> str:
     try:
         return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}, line {line}: the byte {raw[error.start]:#04x} is not UTF-8. "
-            f"Convert the file, for example with `iconv -f LATIN1 -t UTF-8`."
-        ) from None
+        line, byte = raw.count(b"\n", 0, error.start) + 1, f"{raw[error.start]:#04x}"
+        raise DataError(f"{path}, line {line}: the byte {byte} is not UTF-8. Convert it, as `iconv` does.") from None
 
 
 def _example(path: Path, number: int, row: Row, labels: Sequence[str] | None) -> tuple[str, str, str]:
