@@ -39,15 +39,18 @@ WARM_UP = 10
 """Calls in a round of warm-up."""
 
 
-def interleave(calls: dict[str, Call], queries: int, blocks: int, what: str = "timing") -> dict[str, list[Times]]:
+def interleave(
+    calls: dict[str, Call], queries: int, blocks: int, what: str = "timing", warm: bool = False
+) -> dict[str, list[Times]]:
     """The time of `call(query)` for every variant and query 0..queries-1, each once, block by block.
 
-    Each turn of a variant begins with one call that is not timed: the others have just emptied the caches.
+    All are warmed up first, and each turn of a variant begins with one call that is not timed: the others have just
+    emptied the caches. `warm` leaves out both, for variants that ran already and calls too long to feel it.
     """
     if not 1 <= blocks <= queries:
         raise ConfigError(f"{queries} queries do not fill {blocks} blocks. Ask for at least one query a block.")
     times: dict[str, list[Times]] = {name: [] for name in calls}
-    for call in calls.values():
+    for call in () if warm else calls.values():
         warm_up(call, queries)
     collecting = gc.isenabled()
     gc.collect()
@@ -56,9 +59,9 @@ def interleave(calls: dict[str, Call], queries: int, blocks: int, what: str = "t
     try:
         for block in track(np.array_split(np.arange(queries), blocks), what):
             there, back = np.array_split(block, 2)
-            forth = {name: _turn(call, there) for name, call in calls.items()}
+            forth = {name: _turn(call, there, warm) for name, call in calls.items()}
             for name in reversed(list(calls)):
-                times[name].append(np.concatenate([forth[name], _turn(calls[name], back)]))
+                times[name].append(np.concatenate([forth[name], _turn(calls[name], back, warm)]))
             gc.collect()
     finally:
         gc.unfreeze()
@@ -67,9 +70,9 @@ def interleave(calls: dict[str, Call], queries: int, blocks: int, what: str = "t
     return times
 
 
-def _turn(call: Call, queries: Sequence[int] | np.ndarray[Any, Any]) -> Times:
+def _turn(call: Call, queries: np.ndarray[Any, Any], warm: bool) -> Times:
     taken = np.empty(len(queries))
-    if len(queries):
+    if len(queries) and not warm:
         call(int(queries[0]))
     for at, query in enumerate(queries):
         start = time.perf_counter_ns()

@@ -79,6 +79,12 @@ def test_every_variant_answers_every_query_once_besides_warming_and_in_abba_orde
     assert timed["a"] == timed["b"], "the same queries for all"
 
 
+def test_what_is_warm_already_is_called_no_more_often_than_it_is_timed():
+    asked = []
+    bench.interleave({"a": asked.append}, queries=6, blocks=3, warm=True)
+    assert asked == [0, 1, 2, 3, 4, 5]
+
+
 def test_more_blocks_than_queries_are_refused():
     with pytest.raises(ConfigError, match="2 queries do not fill 3 blocks"):
         bench.interleave({"a": lambda i: None}, queries=2, blocks=3)

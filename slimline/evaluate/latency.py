@@ -70,6 +70,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
         config.batches,
         -(-config.batches // BATCHES_A_BLOCK),
         "timing batches",
+        warm=True,
     )
     variants = []
     for digest, path in track(list(paths.items()), "measuring memory"):
