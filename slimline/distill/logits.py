@@ -1,0 +1,106 @@
+"""Distillation: a student with fewer of the teacher's layers learns the teacher's answers.
+
+The student starts as a copy of the teacher with evenly spaced layers (Sanh et al., 2019, arXiv 1910.01108) and learns from
+the teacher's softened answers beside the labels (Hinton et al., 2015, arXiv 1503.02531). The teacher answers the
+train split once. With `hidden` the student's states also follow those of the teacher's layers that it stands in for (Jiao
+et al., 2020, arXiv 1909.10351); the teacher then runs beside it.
+
+Shapes: B = texts, T = tokens, L = labels, W = width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from slimline import artifact, hf, training
+from slimline.errors import ConfigError
+from slimline.technique import BaseConfig, Metrics, Stored, track
+
+if TYPE_CHECKING:
+    import torch
+
+NEEDS = GIVES = "hf"
+
+
+class Config(BaseConfig):
+    """Options of distill.logits."""
+
+    data: Stored = Field(description="data set: its train split is learned, its validation split chooses the epoch")
+    layers: int = Field(3, gt=0, description="layers of the teacher that the student keeps")
+    epochs: int = Field(3, gt=0, le=1000, description="how often the train split is read")
+    batch_size: int = Field(32, gt=0, description="texts in a step")
+    learning_rate: float = Field(1e-4, gt=0, lt=1, description="the highest rate, after warm-up")
+    warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps in which the rate rises")
+    weight_decay: float = Field(0.01, ge=0, lt=1, description="pull of every matrix towards zero")
+    temperature: float = Field(2.0, gt=0, le=100, description="softens both answers before they are compared")
+    mixing: float = Field(0.9, ge=0, le=1, description="weight of the teacher's answers against the labels'")
+    hidden: float = Field(0.0, ge=0, description="weight of following the teacher's states, layer by layer")
+    freeze_embeddings: bool = Field(
+        False, description="leave the embeddings as they are, which saves a tenth of the time"
+    )
+    seed: int = Field(0, ge=0, description="of the order of batches and dropout")
+
+
+def run(source: Path, out: Path, config: Config) -> Metrics:
+    """Make a student of the teacher in `source`, train it and write it to `out`."""
+    labels = artifact.read(source).labels
+    teacher, student = hf.load(source), hf.load(source)
+    kept = evenly(len(hf.layers(teacher)), config.layers)
+    keep_layers(student, kept)
+    tokenizer = hf.tokenizer(source, hf.max_length(source))
+    train, validation = (training.read(Path(config.data), name, tokenizer, labels) for name in ("train", "validation"))
+    answers_BL = hf.logits(teacher, tokenizer, train.texts, watch=lambda batches: track(batches, "asking the teacher"))
+    plan = training.Plan.of(config)
+    imitation = training.imitate(answers_BL, train, config.temperature, config.mixing)
+
+    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], rows: list[int]) -> torch.Tensor:
+        answer = model(**batch, output_hidden_states=config.hidden > 0)
+        value = imitation(answer.logits, rows)
+        return value + config.hidden * apart(teacher, batch, answer.hidden_states, kept) if config.hidden else value
+
+    metrics = training.fit(student, tokenizer, train, validation, plan, loss, "distilling")
+    metrics |= {
+        "teacher_validation_accuracy": training.validate(teacher, tokenizer, validation)[0],
+        "layers": float(config.layers),
+        "parameters": float(sum(p.numel() for p in student.parameters())),
+    }
+    hf.save(student, source, out)
+    return metrics
+
+
+def evenly(have: int, keep: int) -> list[int]:
+    """Layers to keep, the last one always among them: 3 of 6 are 1, 3 and 5. Raises ConfigError for more than there are."""
+    if keep > have:
+        raise ConfigError(f"distill.logits: option 'layers' is {keep}, but the teacher has {have}. Ask for fewer.")
+    return [round((i + 1) * have / keep) - 1 for i in range(keep)]
+
+
+def keep_layers(model: torch.nn.Module, kept: list[int]) -> None:
+    """Drop all other layers, in place."""
+    import torch
+
+    all_layers = hf.layers(model)
+    base: Any = model.base_model
+    base.set_submodule(hf.layout(model).layers, torch.nn.ModuleList(all_layers[i] for i in kept))
+    config: Any = model.config
+    config.num_hidden_layers = len(kept)  # distilbert calls it n_layers, and maps this name to it
+
+
+def apart(
+    teacher: torch.nn.Module, batch: dict[str, torch.Tensor], mine: tuple[torch.Tensor, ...], kept: list[int]
+) -> torch.Tensor:
+    """Mean squared distance [B, T, W] of the student's states from those after the layers that it kept."""
+    import torch
+
+    with torch.no_grad():
+        states = teacher(**batch, output_hidden_states=True).hidden_states
+    real_BT1 = batch["attention_mask"].unsqueeze(-1)
+    total = torch.zeros((), device=real_BT1.device)
+    for state, layer in zip(mine[1:], kept):
+        total = (
+            total + (((state - states[layer + 1]) ** 2).mean(dim=-1, keepdim=True) * real_BT1).sum() / real_BT1.sum()
+        )
+    return total / len(kept)

@@ -1,0 +1,121 @@
+import numpy as np
+import pytest
+import torch
+
+from slimline import artifact, hf, technique, training
+from slimline.errors import ConfigError
+from slimline.prune import heads
+from tests.tiny import KINDS, LABELS, make_tiny, seal_tiny
+
+TEXTS = ["a superb film", "the plot is dull and the end is long and stale and cold", "fine"]
+
+
+def config(data, **options):
+    return technique.configure(heads, {"data": str(data), "multiple": 8, "epochs": 0, **options})
+
+
+def pruned(source, out, data, **options):
+    out.mkdir()
+    return heads.run(source, out, config(data, **options))
+
+
+def answers(folder):
+    return hf.logits(hf.load(folder), hf.tokenizer(folder, 64), TEXTS)
+
+
+def test_the_worth_of_a_group_is_its_summed_change_of_the_loss():
+    x = torch.tensor([[[1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0]]])
+    grad = torch.tensor([[[1.0, 0.0, -1.0, 1.0], [0.0, -3.0, 0.0, 0.0]]])
+    assert heads.taylor(x, grad, 1).tolist() == [1.0, 3.0, 3.0, 4.0]
+    assert heads.taylor(x, grad, 2).tolist() == [2.0, 1.0]  # |1 - 3| and |-3 + 4|
+    assert heads.taylor(torch.cat([x, x]), torch.cat([grad, -grad]), 2).tolist() == [4.0, 2.0]
+
+
+def test_the_worth_of_a_head_is_the_slope_of_the_loss_in_its_mask(tmp_path, tiny_bert, tiny_data):
+    model, tokenizer = hf.load(tiny_bert), hf.tokenizer(tiny_bert, 64)
+    split = training.read(tiny_data, "calibration", tokenizer, LABELS)
+    one = training.Split(split.texts[:1], split.targets[:1], split.lengths[:1])
+    worth = heads.measure(model, tokenizer, one)[1][0]
+    batch = hf.tensors(tokenizer.encode(one.texts), model)
+    mixed = hf.layers(model)[1].get_submodule(hf.layout(model).mixed)
+    mask = torch.ones(4, requires_grad=True)
+    hook = mixed.register_forward_pre_hook(lambda _, inputs: (inputs[0] * mask.repeat_interleave(8),))
+    torch.nn.functional.cross_entropy(model(**batch).logits, torch.from_numpy(one.targets)).backward()
+    hook.remove()
+    torch.testing.assert_close(worth.float(), mask.grad.abs(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pruning_nothing_is_the_identity(kind, tmp_path, tiny_data):
+    source = seal_tiny(make_tiny(kind, tmp_path / "model"))
+    metrics = pruned(source, tmp_path / "out", tiny_data, heads=0, neurons=0)
+    np.testing.assert_array_equal(answers(source), answers(tmp_path / "out"))
+    assert metrics["heads_removed"] == metrics["neurons_removed"] == metrics["parameters_removed"] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pruned_model_answers_as_the_whole_one_with_those_parts_masked(kind, tmp_path, tiny_data):
+    source = seal_tiny(make_tiny(kind, tmp_path / "model"))
+    pruned(source, tmp_path / "out", tiny_data, heads=0.5, neurons=0.5, spare_last=False)
+    model, tokenizer = hf.load(source), hf.tokenizer(source, 64)
+    layout = hf.layout(model)
+    worth = heads.measure(model, tokenizer, training.read(tiny_data, "calibration", tokenizer, LABELS))
+    for layer, (head, neuron) in zip(hf.layers(model), worth):
+        stay = torch.zeros(4).index_fill(0, torch.tensor(heads.best(head, 2)), 1.0).repeat_interleave(8)
+        layer.get_submodule(layout.mixed).weight.data *= stay
+        stay = torch.zeros(64).index_fill(0, torch.tensor(heads.best(neuron, 32)), 1.0)
+        layer.get_submodule(layout.down).weight.data *= stay
+    np.testing.assert_allclose(answers(tmp_path / "out"), hf.logits(model, tokenizer, TEXTS), atol=1e-5)
+
+
+def test_every_layer_loses_the_same_heads_and_the_last_keeps_its_neurons(tmp_path, tiny_bert, tiny_data):
+    metrics = pruned(tiny_bert, tmp_path / "out", tiny_data, heads=0.5, neurons=0.75)
+    model = hf.load(tmp_path / "out")
+    layout = hf.layout(model)
+    shapes = [
+        (tuple(x.get_submodule(layout.query).weight.shape), tuple(x.get_submodule(layout.up).weight.shape))
+        for x in hf.layers(model)
+    ]
+    assert shapes == [((16, 32), (16, 32)), ((16, 32), (16, 32)), ((16, 32), (64, 32))]
+    assert (metrics["heads_removed"], metrics["neurons_removed"]) == (6, 96)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (tiny_bert, tmp_path / "out")]
+    assert sizes[1] < sizes[0] - 4 * metrics["parameters_removed"] + 4096
+
+
+@pytest.mark.parametrize(
+    ("have", "drop", "multiple", "left"),
+    [(12, 0.5, 1, 6), (1536, 0.66, 32, 512), (12, 0.99, 1, 1), (64, 0.9, 32, 32), (64, 0, 7, 64)],
+)
+def test_how_many_stay_is_the_nearest_multiple_and_never_none(have, drop, multiple, left):
+    assert heads.kept(have, drop, multiple) == left
+
+
+def test_the_best_keep_their_order_and_ties_fall_to_the_lower_index():
+    assert heads.best(torch.tensor([1.0, 3.0, 3.0, 0.0, 3.0]), 2) == [1, 2]
+
+
+def test_a_group_wider_than_a_layer_is_refused(tmp_path, tiny_bert, tiny_data):
+    with pytest.raises(ConfigError, match="'multiple' is 128, but a layer has 64 neurons"):
+        pruned(tiny_bert, tmp_path / "out", tiny_data, multiple=128)
+
+
+def test_a_pruned_model_recovers_from_its_teacher(tmp_path, tiny_bert, tiny_data):
+    from slimline.train import finetune
+
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    options = {"data": str(tiny_data), "epochs": 4, "learning_rate": 5e-3}
+    finetune.run(tiny_bert, teacher, technique.configure(finetune, options))
+    seal_tiny(teacher)
+    options = {"heads": 0.75, "neurons": 0.75, "epochs": 4, "learning_rate": 5e-3, "teacher": str(teacher)}
+    metrics = pruned(teacher, tmp_path / "out", tiny_data, **options)
+    assert metrics["validation_accuracy"] >= metrics["validation_accuracy_cut"]
+    assert metrics["validation_accuracy"] > 0.9
+
+
+def test_pruning_repeats_itself_and_leaves_its_source_alone(tmp_path, tiny_bert, tiny_data):
+    before = artifact.digest(tiny_bert)
+    for name in "ab":
+        pruned(tiny_bert, tmp_path / name, tiny_data, epochs=1, teacher=str(tiny_bert))
+    assert artifact.digest(tmp_path / "a") == artifact.digest(tmp_path / "b")
+    assert artifact.digest(tiny_bert) == before
