@@ -54,3 +54,17 @@ def variant(whole: dict[str, Any], digest: str) -> dict[str, Any]:
         if entry["digest"] == digest:
             return dict(entry)
     raise StoreError(f"the latency evaluation has no model {digest[:12]}. Measure it together with its baseline.")
+
+
+def speed(folder: Path, digest: str) -> gate.Speed:
+    """The model with this digest against the first of the latency evaluation."""
+    whole = timings(folder)
+    mine, base = variant(whole, digest), whole["variants"][0]
+    return gate.Speed(
+        latency=(mine["speedup"], mine["speedup_low"], mine["speedup_high"]),
+        throughput=(mine["batch_speedup"], mine["batch_speedup_low"], mine["batch_speedup_high"]),
+        size=base["weights_bytes"] / mine["weights_bytes"],
+        memory=base["peak_memory_bytes"] / mine["peak_memory_bytes"],
+        p50_ms=mine["p50_ms"],
+        weights_bytes=mine["weights_bytes"],
+    )

@@ -24,5 +24,5 @@ def tiny_encoder(tmp_path):
 
 @pytest.fixture
 def tiny_data(tmp_path):
-    """240 texts of uneven length that can be learned, split already."""
+    """480 texts of uneven length that can be learned, split already."""
     return make_data(tmp_path / "tiny.parquet")

@@ -84,7 +84,7 @@ def seal_tiny(folder: Path) -> Path:
     return folder
 
 
-def make_data(file: Path, rows: int = 240, seed: int = 0) -> Path:
+def make_data(file: Path, rows: int = 480, seed: int = 0) -> Path:
     """A data set of texts of uneven length whose label is that of their telling words."""
     import pyarrow as pa
     from pyarrow import parquet
