@@ -54,9 +54,10 @@ def page(name: str, measured: dict[str, Any], quality: dict[str, dict[str, list[
     lines = [
         f"# {name}: the champion against its base",
         "",
-        f"`make run`, then `python -m benchmarks {name}`. {measured['queries']} texts of the test split one at a time and "
-        f"{measured['batch_size']} at a time, {measured['threads']} thread, tokenization {measured['tokenization']}, all "
-        "models interleaved in one process; p99 is an upper bound from order statistics.",
+        f"`make run`, then `python -m benchmarks {name}`. {measured['queries']} texts of the test split one at a time "
+        f"and {measured['batch_size']} at a time, {measured['threads']} thread, tokenization "
+        f"{measured['tokenization']}, all models interleaved in one process; p99 is an upper bound from order "
+        "statistics.",
         "",
         f"Machine: {machine}.",
         "",

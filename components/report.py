@@ -31,6 +31,6 @@ def report(
     Returns:
         Path or uri of the page.
     """
-    from slimline import release
+    from slimline import summary
 
-    return release.report(name, version, outcome, models, qualities, latency, verdict, page.path)
+    return summary.publish(name, version, outcome, models, qualities, latency, verdict, page.path)

@@ -190,9 +190,9 @@ def report(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Copy the page to this file.")] = None,
 ) -> None:
     """Where the page about a model's making is."""
-    from slimline import release
+    from slimline import summary
 
-    page = release.report_file(ref)
+    page = summary.page_of(ref)
     if output:
         output.write_bytes(page.read_bytes())
     out.print(str(output or page), soft_wrap=True)

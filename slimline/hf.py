@@ -124,7 +124,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(f"{folder} has no config.json. Give the folder of a whole Hugging Face model.")
-    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ModelError(f"{file} is not JSON. Save the model again.") from None
     return values
 
 
@@ -159,7 +162,7 @@ def load(folder: Path, labels: Sequence[str] | None = None, seed: int = 0) -> to
     config._attn_implementation = "sdpa"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
     prefix = model.base_model_prefix + "."
     known = model.state_dict()
     weights = {prefix + k if k not in known and prefix + k in known else k: v for k, v in weights.items()}
@@ -203,7 +206,7 @@ def _check_head(weights: dict[str, torch.Tensor], num_labels: int, folder: Path,
 def layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The layers of an encoder, first to last."""
     layout = LAYOUTS[model.config.model_type]  # type: ignore[union-attr,index]
-    return model.base_model.get_submodule(layout.layers)  # type: ignore[union-attr,operator,return-value]
+    return model.base_model.get_submodule(layout.layers)  # type: ignore[union-attr,return-value]
 
 
 def layout(model: torch.nn.Module) -> Layout:
@@ -249,7 +252,10 @@ def save(model: torch.nn.Module, source: Path, out: Path) -> None:
 def max_length(folder: Path) -> int:
     """Tokens at which texts are cut: what training wrote down, else at most 512 and what the positions allow."""
     values = read_config(folder)
-    return int(values.get("slimline_max_length") or min(512, int(values.get("max_position_embeddings", 512)) - 2))
+    positions = int(values.get("max_position_embeddings") or 512)
+    if "roberta" in str(values.get("model_type")):  # it counts positions from behind its padding token
+        positions -= int(values.get("pad_token_id") or 0) + 1
+    return int(values.get("slimline_max_length") or min(512, positions))
 
 
 def tensors(batch: Batch, model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ Shapes: N = texts, L = labels.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -55,15 +54,6 @@ def texts(path: Path, number: int) -> list[str]:
     pairs = zip(ordered[:half], [*reversed(ordered[half:]), ""], strict=False)
     mixed = [text for pair in pairs for text in pair][: len(ordered)]
     return [*mixed, " ".join(found)]
-
-
-def max_length(source: Path) -> int:
-    """How many tokens a model is served with: what its training wrote down, or all its positions."""
-    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    positions = int(settings.get("max_position_embeddings", 512))
-    if "roberta" in str(settings.get("model_type", "")):  # counts positions from behind its padding token
-        positions -= int(settings.get("pad_token_id", 1)) + 1
-    return int(settings.get("slimline_max_length", min(512, positions)))
 
 
 def onnx_logits(graph: Path, tokenizer: Encoder, texts: Sequence[str]) -> npt.NDArray[np.float32]:

@@ -26,12 +26,12 @@ from filelock import FileLock
 
 from slimline import artifact, gate, progress, step, store
 from slimline.artifact import Manifest
-from slimline.errors import ConfigError, GateError, SlimlineError, StoreError
+from slimline.errors import ConfigError, GateError, StoreError
 from slimline.evidence import predictions, speed
 from slimline.step import Made
 from slimline.technique import BaseConfig, Metrics, Stored
 
-CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+CHAMPION, CHALLENGER, PREVIOUS = ALIASES = ("champion", "challenger", "previous")
 
 
 class Judging(BaseConfig):
@@ -270,7 +270,7 @@ def about(ref: str) -> dict[str, Any]:
         version = store.version_of(ref)
         about |= {
             "version": int(version.version),
-            "aliases": [a for a in (CHAMPION, CHALLENGER, PREVIOUS) if store.alias(version.name, a) == int(version.version)],
+            "aliases": [a for a in ALIASES if store.alias(version.name, a) == int(version.version)],
             "verdict": version.tags.get(store.PREFIX + "verdict", ""),
         }  # fmt: skip
     return about
@@ -280,16 +280,3 @@ def examine_store() -> str:
     """Where the store is, once it has answered. Raises StoreError otherwise."""
     store.client()
     return store.uri()
-
-
-__all__ = [
-    "SlimlineError",
-    "about",
-    "bless",
-    "judge",
-    "promote",
-    "promote_if_passed",
-    "register",
-    "rollback",
-    "show",
-]

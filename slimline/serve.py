@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Floats = np.ndarray[Any, np.dtype[Any]]
 
 BATCH = 32
+"""Texts that are answered together at most."""
 
 
 class Predictor(ABC):
@@ -41,7 +42,10 @@ class Predictor(ABC):
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.labels = manifest.labels
-        self.tokenizer = hf.tokenizer(path, max_length(path))
+        # Dynamically quantized activations share one scale in a batch: an answer would depend on its neighbours.
+        alone = any(stage.technique == "quantize.int8_dynamic" for stage in manifest.history)
+        self.batch = 1 if alone else BATCH
+        self.tokenizer = hf.tokenizer(path, hf.max_length(path))
 
     @abstractmethod
     def _answer(self, texts: list[str]) -> Floats:
@@ -54,11 +58,11 @@ class Predictor(ABC):
         """
         clean = _clean(texts)
         order = list(range(len(clean)))
-        if len(clean) > BATCH:  # texts of like length go together, so that little is padded
+        if len(clean) > self.batch > 1:  # texts of like length go together, so that little is padded
             order.sort(key=lambda i: len(clean[i]))
         logits_BL = np.zeros((len(clean), len(self.labels)), dtype=np.float32)
-        for start in range(0, len(clean), BATCH):
-            rows = order[start : start + BATCH]
+        for start in range(0, len(clean), self.batch):
+            rows = order[start : start + self.batch]
             answer = self._answer([clean[i] for i in rows])
             if answer.shape != (len(rows), len(self.labels)):
                 raise ModelError(
@@ -138,16 +142,6 @@ def load(path: Path, threads: int | None = None) -> Predictor:
         raise ModelError(f"{path} has no labels, so no head for a task. Fit it with train.finetune first.")
     kind = OnnxPredictor if manifest.format == "onnx" else TorchPredictor
     return kind(path, manifest, threads)
-
-
-def max_length(path: Path) -> int:
-    """How many tokens of a text the model reads: what its config says, else its positions, 512 at most."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ModelError(f"{path / 'config.json'} is missing or is not JSON. Run the step again.") from None
-    positions = int(config.get("max_position_embeddings") or 512)
-    return int(config.get("slimline_max_length") or min(512, positions))
 
 
 def softmax(logits_BL: Floats) -> Floats:

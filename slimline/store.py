@@ -247,6 +247,25 @@ def log_file(run_id: str, file: Path, folder: str | None = None) -> None:
         client().log_artifact(run_id, str(file), folder)
 
 
+def local_artifacts(run_id: str) -> Path | None:
+    """The folder of a run's artifacts if it is on this machine."""
+    with speaking():
+        plain = str(client().get_run(run_id).info.artifact_uri).removeprefix("file://")
+    return Path(plain) if plain.startswith("/") else None
+
+
+def fetch_file(run_id: str, name: str) -> Path:
+    """One artifact of a run, as a local file."""
+    folder = local_artifacts(run_id)
+    try:
+        path = folder / name if folder else Path(client().download_artifacts(run_id, name))
+    except MlflowException:
+        path = None
+    if path is None or not path.is_file():
+        raise StoreError(f"run {run_id} has no {name}. Run the pipeline to its end.")
+    return path
+
+
 # Bytes
 
 

@@ -165,10 +165,12 @@ def test_a_model_that_counts_its_padding_is_not_blessed(tmp_path):
     assert "in a batch than alone" in found["problem"]
 
 
-def test_a_quantized_model_may_move_a_little_more_in_company(tmp_path):
-    plain = artifact.read(words.onnx_model(tmp_path / "a"))
-    quantized = artifact.read(words.onnx_model(tmp_path / "b", history=("quantize.int8_dynamic",)))
-    assert probe.tolerance(plain) < probe.tolerance(quantized) < 0.5
+def test_a_dynamically_quantized_model_answers_each_text_alone_so_company_moves_nothing(tmp_path):
+    history = ("quantize.int8_dynamic",)
+    swayed = serve.load(words.onnx_model(tmp_path / "model", masked=False, history=history))
+    texts = ["good", "a long bad film", "good good film a long a long a"]
+    together = swayed.logits(texts)
+    np.testing.assert_array_equal(together, np.concatenate([swayed.logits([text]) for text in texts]))
 
 
 def test_not_naming_a_folder_is_a_usage_error(capsys):

@@ -1,9 +1,9 @@
 """Distillation: a student with fewer of the teacher's layers learns the teacher's answers.
 
-The student starts as a copy of the teacher with evenly spaced layers (Sanh et al., 2019, arXiv 1910.01108) and learns from
-the teacher's softened answers beside the labels (Hinton et al., 2015, arXiv 1503.02531). The teacher answers the
-train split once. With `hidden` the student's states also follow those of the teacher's layers that it stands in for (Jiao
-et al., 2020, arXiv 1909.10351); the teacher then runs beside it.
+The student starts as a copy of the teacher with evenly spaced layers (Sanh et al., 2019, arXiv 1910.01108) and learns
+from the teacher's softened answers beside the labels (Hinton et al., 2015, arXiv 1503.02531). The teacher answers the
+train split once. With `hidden` the student's states also follow those of the teacher's layers that it stands in for
+(Jiao et al., 2020, arXiv 1909.10351); the teacher then runs beside it.
 
 Shapes: B = texts, T = tokens, L = labels, W = width.
 """
@@ -72,7 +72,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
 
 
 def evenly(have: int, keep: int) -> list[int]:
-    """Layers to keep, the last one always among them: 3 of 6 are 1, 3 and 5. Raises ConfigError for more than there are."""
+    """Layers to keep, the last always among them: 3 of 6 are 1, 3 and 5. Raises ConfigError for more than there are."""
     if keep > have:
         raise ConfigError(f"distill.logits: option 'layers' is {keep}, but the teacher has {have}. Ask for fewer.")
     return [round((i + 1) * have / keep) - 1 for i in range(keep)]

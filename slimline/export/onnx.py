@@ -70,7 +70,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
             shutil.copyfile(source / name, out / name)
     (out / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return {
-        **fusions(result, int(model.config.num_hidden_layers)),
+        **fusions(result, len(hf.layers(model))),
         "one_token_nodes": float(one_token),
         "parity_max_abs": difference.max_abs,
         "parity_agreement": difference.agreement,
@@ -154,7 +154,7 @@ def _settings(source: Path) -> dict[str, Any]:
     settings: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if (source / artifact.MANIFEST).is_file() and not artifact.read(source).labels:
         raise ModelError(f"{source} has no classification head. Put train.finetune before export.onnx.")
-    settings["slimline_max_length"] = parity.max_length(source)
+    settings["slimline_max_length"] = hf.max_length(source)
     if (source / artifact.MANIFEST).is_file():
         labels = artifact.read(source).labels
         settings["id2label"] = {str(index): label for index, label in enumerate(labels)}

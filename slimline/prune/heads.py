@@ -1,9 +1,9 @@
 """Structured pruning: attention heads and feed-forward neurons that matter least are removed, then the rest recovers.
 
 What a head or neuron is worth is how much the loss would change without it, to first order: |activation * gradient|,
-summed over a text and averaged over the calibration texts (Michel et al., 2019, arXiv 1905.10650; Molchanov et al., 2019,
-arXiv 1906.10771). Every layer loses the same number of heads. The rows and columns go for good, so the model is smaller
-and faster in any runtime. It then learns from a teacher again for a while.
+summed over a text and averaged over the calibration texts (Michel et al., 2019, arXiv 1905.10650; Molchanov et al.,
+2019, arXiv 1906.10771). Every layer loses the same number of heads. The rows and columns go for good, so the model is
+smaller and faster in any runtime. It then learns from a teacher again for a while.
 
 Shapes: B = texts, T = tokens, W = width, H = heads, D = width of a head, N = neurons, L = labels.
 """
@@ -153,7 +153,7 @@ def remove(model: torch.nn.Module, worth: Worth, config: Config) -> tuple[int, i
 
 
 def kept(have: int, drop: float, multiple: int) -> int:
-    """How many stay: the nearest multiple to what was asked for, at least one group; all of them if nothing is dropped."""
+    """How many stay: the nearest multiple to what was asked for, at least one group; all if nothing is dropped."""
     if drop == 0:
         return have
     if multiple > have:

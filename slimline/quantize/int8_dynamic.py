@@ -52,7 +52,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     with graph.quiet():
         after = quantize(before, out / graph.FILE, config)
     graph.write(after, out / graph.FILE)
-    tokenizer = hf.tokenizer(source, parity.max_length(source))
+    tokenizer = hf.tokenizer(source, hf.max_length(source))
     texts = parity.texts(Path(config.data), config.texts)
     logits = [parity.onnx_logits(folder / graph.FILE, tokenizer, texts) for folder in (source, out)]
     difference = parity.compare(*logits)

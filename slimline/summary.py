@@ -1,0 +1,151 @@
+"""Gather what a pipeline run made, measured and decided into one page and one table, and publish both."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from slimline import __version__, artifact, evidence, progress, release, report, step, store
+from slimline.errors import StoreError
+
+WORST = 10
+"""Flips that are shown with their text."""
+
+
+def publish(
+    name: str,
+    version: int,
+    outcome: str,
+    models: list[str],
+    qualities: list[str],
+    latency: str,
+    verdict: str,
+    file: str,
+) -> str:
+    """Write the page to `file`, log it to the pipeline's run, and tell the watcher. Returns where the page is."""
+    with step.reporting("report"):
+        start = time.perf_counter()
+        page = gather(name, version, outcome, models, qualities, latency, verdict)
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text(report.render(page), encoding="utf-8")
+        run_id = os.environ.get("SLIMLINE_PARENT_RUN") or store.run_id_of(verdict)
+        where = keep(run_id, Path(file))
+        store.tag_version(name, version, {store.PREFIX + "report": f"runs:/{run_id}/report.html"})
+        progress.emit(
+            "summary",
+            "report",
+            name=name,
+            version=version,
+            status=page.verdict.status,
+            sentence=page.verdict.sentence,
+            outcome=outcome,
+            promoted=store.alias(name, release.CHAMPION) == version,
+            report=str(where),
+            rows=[row.model_dump(mode="json") for row in page.rows],
+        )
+        progress.emit("end", "report", reused=False, seconds=time.perf_counter() - start)
+        return str(where)
+
+
+def gather(
+    name: str, version: int, outcome: str, models: list[str], qualities: list[str], latency: str, verdict_ref: str
+) -> report.Page:
+    """Everything that the page shows, from what is stored."""
+    verdict, asked, _ = release.verdict_at(verdict_ref)
+    timed = evidence.timings(store.fetch(latency))
+    rows: dict[str, report.Row] = {}
+    for ref, quality in zip(models, qualities, strict=True):
+        manifest = artifact.read(store.fetch(ref))
+        if manifest.digest not in rows:
+            measured = evidence.variant(timed, manifest.digest)
+            rows[manifest.digest] = _row(manifest, measured, timed["batch_size"], _metrics(quality))
+    base, last = next(iter(rows)), artifact.read(store.fetch(models[-1]))
+    rows[base] = rows[base].model_copy(update={"is_baseline": True})
+    rows[last.digest] = rows[last.digest].model_copy(update={"is_candidate": True})
+    judged = artifact.read(store.fetch(asked.quality)).history[-1]
+    parent = os.environ.get("SLIMLINE_PARENT_RUN", "")
+    return report.Page(
+        name=name,
+        version=version,
+        outcome=outcome,
+        verdict=verdict,
+        rows=tuple(rows.values()),
+        flips=worst_flips(evidence.table(store.fetch(asked.baseline)), evidence.table(store.fetch(asked.quality))),
+        lineage=last.history,
+        refs={"candidate": models[-1], "baseline": models[0], "verdict": verdict_ref, "latency": latency},
+        machine=timed["machine"],
+        data=str(judged.config.get("data", "")),
+        data_digest=judged.data.get("data", ""),
+        queries=timed["queries"],
+        threads=timed["threads"],
+        command=store.tags(parent).get(store.PREFIX + "command", "") if parent else "",
+        slimline_version=__version__,
+        created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    )
+
+
+def _metrics(quality: str) -> dict[str, float]:
+    return artifact.read(store.fetch(quality)).history[-1].metrics
+
+
+def _row(manifest: artifact.Manifest, timed: dict[str, Any], batch_size: int, right: dict[str, float]) -> report.Row:
+    shared = {key: timed[key] for key in report.Row.model_fields if key in timed}
+    return report.Row(
+        **shared,
+        technique=manifest.history[-1].technique,
+        batch_size=batch_size,
+        accuracy=right["accuracy"],
+        accuracy_low=right["accuracy_low"],
+        accuracy_high=right["accuracy_high"],
+        macro_f1=right["macro_f1"],
+        is_baseline=False,
+        is_candidate=False,
+        slices={k: v for k, v in right.items() if k.startswith(("recall_", "accuracy_")) and k not in INTERVAL},
+    )
+
+
+INTERVAL = ("accuracy_low", "accuracy_high")
+
+
+def worst_flips(base: dict[str, list[Any]], candidate: dict[str, list[Any]]) -> tuple[report.Flip, ...]:
+    """Where the baseline was right and the candidate is wrong, the most certain mistakes first."""
+    flips = [
+        report.Flip(
+            text=base["text"][i],
+            label=label,
+            before=base["predicted"][i],
+            before_score=base["score"][i],
+            after=candidate["predicted"][i],
+            after_score=candidate["score"][i],
+        )
+        for i, label in enumerate(base["label"])
+        if base["predicted"][i] == label != candidate["predicted"][i]
+    ]
+    return tuple(sorted(flips, key=lambda flip: -flip.after_score)[:WORST])
+
+
+def keep(run_id: str, file: Path) -> Path | str:
+    """Log the page to a run as report.html. Returns its path, or its ref where the store is elsewhere."""
+    with tempfile.TemporaryDirectory() as scratch:
+        named = Path(scratch) / "report.html"
+        shutil.copyfile(file, named)
+        store.log_file(run_id, named)
+    folder = store.local_artifacts(run_id)
+    return folder / "report.html" if folder else f"runs:/{run_id}/report.html"
+
+
+def page_of(ref: str) -> Path:
+    """The page about a registered version, or of a pipeline run by its id, as a local file."""
+    if ref.startswith("models:/"):
+        tag = store.version_of(ref).tags.get(store.PREFIX + "report", "")
+        if not tag:
+            raise StoreError(f"{ref} has no report. Run the pipeline that makes one.")
+        run_id = tag.removeprefix("runs:/").split("/")[0]
+    else:
+        run_id = store.run_id_of(ref) if ref.startswith("runs:/") else ref
+        run_id = store.tags(run_id).get("mlflow.parentRunId", run_id)
+    return store.fetch_file(run_id, "report.html")
