@@ -1,8 +1,8 @@
 """The one training loop: what finetune, distill and the recovery after pruning share.
 
 Batches hold texts of like length, so that little is padded; their order is shuffled by seed. AdamW with linear warm-up
-and decay, no decay on biases and norms, gradients clipped at 1 (Loshchilov and Hutter, 2019, arXiv 1711.05101). bf16 where
-the processor or GPU has it and a short trial says that it is faster. Deterministic under a seed on one machine.
+and decay, no decay on biases and norms, gradients clipped at 1 (Loshchilov and Hutter, 2019, arXiv 1711.05101). bf16
+where the processor or GPU has it and a short trial says that it is faster. Deterministic under a seed on one machine.
 
 Shapes: B = texts, T = tokens, L = labels, W = width.
 """
@@ -187,7 +187,7 @@ def autocast(model: torch.nn.Module, tokenizer: hf.Tokenizer, train: Split) -> C
 def imitate(
     teacher_BL: np.ndarray[Any, Any], split: Split, temperature: float, mixing: float
 ) -> Callable[[torch.Tensor, list[int]], torch.Tensor]:
-    """The loss mixing * T^2 * KL(teacher || student) + (1 - mixing) * cross-entropy (Hinton et al., 2015, arXiv 1503.02531)."""
+    """The loss mixing * T^2 * KL(teacher || student) + (1 - mixing) * cross-entropy (Hinton, arXiv 1503.02531)."""
     import torch
     from torch.nn import functional
 
