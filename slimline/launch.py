@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,7 @@ def run(pipeline: str, values: dict[str, Any], watch: Watcher, command: str | No
         **os.environ, "SLIMLINE_PARENT_RUN": run_id, "SLIMLINE_PROGRESS": str(events),
         "MLFLOW_TRACKING_URI": store.uri(), "SLIMLINE_STORE": str(store.home()), "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
+    worker = Worker(log, environment)
     status = "FAILED"
     seen: list[Event] = []
 
@@ -75,13 +77,13 @@ def run(pipeline: str, values: dict[str, Any], watch: Watcher, command: str | No
 
     try:
         with following(events, note):
-            _execute(file, values, folder, log, environment)
+            _execute(file, values, folder, worker)
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
     except RuntimeError as error:
-        raise _reason(seen, log, error) from None
+        raise _reason(seen, log, worker.exit_code, error) from None
     finally:
         store.end(run_id, status)
     summary = next((event for event in reversed(seen) if event["event"] == "summary"), {})
@@ -107,7 +109,7 @@ def compile(pipeline: str, out: Path) -> None:
         raise ConfigError(f"{pipeline} does not compile: {last}")
 
 
-def _execute(file: Path, values: dict[str, Any], folder: Path, log: Path, environment: dict[str, str]) -> None:
+def _execute(file: Path, values: dict[str, Any], folder: Path, worker: Worker) -> None:
     try:
         from kfp import components, local
         from kfp.local import subprocess_task_handler
@@ -138,8 +140,9 @@ def _execute(file: Path, values: dict[str, Any], folder: Path, log: Path, enviro
 class Worker:
     """Runs the command of a lightweight component in a process forked from a server that has the libraries loaded."""
 
-    def __init__(self, log: Path, environment: dict[str, str], scratch: Path) -> None:
-        self.log, self.environment, self.scratch = log, environment, scratch
+    def __init__(self, log: Path, environment: dict[str, str]) -> None:
+        self.log, self.environment, self.scratch = log, environment, Path(tempfile.gettempdir())
+        self.exit_code = 0
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["slimline._warm"])
         self.process: Any = None
@@ -157,7 +160,8 @@ class Worker:
         self.process = self.context.Process(target=_task, args=(argv, environment, str(self.log)))
         self.process.start()
         self.process.join()
-        return int(self.process.exitcode)
+        self.exit_code = int(self.process.exitcode)
+        return self.exit_code
 
     def stop(self) -> None:
         """End the step that still runs, if any, and give it time to say so in the store."""
@@ -209,18 +213,23 @@ def following(file: Path, tell: Callable[[Event], Any]) -> Iterator[None]:
         thread.join()
 
 
-def _reason(seen: list[Event], log: Path, error: Exception) -> SlimlineError:
-    for event in reversed(seen):
-        if event["event"] == "error":
-            if event["kind"] == "SlimlineError":
-                return SlimlineError(f"{event['message']}. The log is {log}.")
-            return errors.by_name(event["kind"], event["message"])
-    started = [event["step"] for event in seen if event["event"] == "start"]
-    where = f"step {started[-1]}" if started else "a step"
-    return errors.StoreError(
-        f"{where} ended without a word, killed perhaps (out of memory?). Run the same command again: finished steps "
-        f"are reused. The log is {log}."
-    )
+def _reason(seen: list[Event], log: Path, exit_code: int, error: Exception) -> SlimlineError:
+    since: list[Event] = []
+    for event in seen:
+        since = [event] if event["event"] == "start" else [*since, event]
+    told = next((event for event in since if event["event"] == "error"), None)
+    where = f"step {since[0]['step']}" if since and "step" in since[0] else "the pipeline"
+    if told and told["kind"] != "SlimlineError":
+        return errors.by_name(told["kind"], told["message"])
+    if told:
+        return SlimlineError(f"{told['message']}. The log is {log}.")
+    if exit_code < 0:
+        name = signal.Signals(-exit_code).name
+        return errors.StoreError(
+            f"{where} was ended by {name} (out of memory?). Run the same command again: finished steps are reused. "
+            f"The log is {log}."
+        )
+    return SlimlineError(f"{where} failed unexpectedly: {str(error)[:200]} The log is {log}.")
 
 
 def _command() -> str:

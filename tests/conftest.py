@@ -26,3 +26,11 @@ def tiny_encoder(tmp_path):
 def tiny_data(tmp_path):
     """480 texts of uneven length that can be learned, split already."""
     return make_data(tmp_path / "tiny.parquet")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tiny tensors gain nothing from a second thread, and lose much when something else has the processor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
