@@ -116,11 +116,8 @@ def _execute(file: Path, values: dict[str, Any], folder: Path, worker: Worker) -
     except ImportError:
         raise ConfigError("running a pipeline needs kfp. Install it with `pip install 'slimline[launch]'`.") from None
 
-    with (
-        log.open("a", encoding="utf-8") as handle,
-        tempfile.TemporaryDirectory(prefix="slimline-") as scratch,
-    ):
-        worker = Worker(log, environment, Path(scratch))
+    with worker.log.open("a", encoding="utf-8") as handle, tempfile.TemporaryDirectory(prefix="slimline-") as scratch:
+        worker.scratch = Path(scratch)
         local.init(
             local.SubprocessRunner(use_venv=False),
             pipeline_root=str(folder / "kfp"),
