@@ -1,10 +1,11 @@
 """The gate: may this candidate take the baseline's place? Pure statistics; no files, no store.
 
-Example by example, on the same frozen data, the candidate must be *proven* not worse by more than a margin: the one-sided
-lower bound of the paired difference stays above -margin (non-inferiority). For right-or-wrong metrics the bound is Tango's
-score interval for paired proportions (Tango, 1998, Statistics in Medicine 17, 891-908), for others a BCa bootstrap over
-examples (Efron, 1987). And it must win something, with an interval that excludes 1. "Not significantly different" is never
-read as equal. All checks must pass, each at the full level: that is an intersection-union test, which needs no correction.
+Example by example, on the same frozen data, the candidate must be *proven* not worse by more than a margin: the
+one-sided lower bound of the paired difference stays above -margin (non-inferiority). For right-or-wrong metrics the
+bound is Tango's score interval for paired proportions (Tango, 1998, Statistics in Medicine 17, 891-908), for others a
+BCa bootstrap over examples (Efron, 1987). And it must win something, with an interval that excludes 1. "Not
+significantly different" is never read as equal. All checks must pass, each at the full level: that is an
+intersection-union test, which needs no correction.
 
     PASS           proven within every limit, and something is won
     FAIL           proven worse than a limit allows, or slower without leave, or nothing won
@@ -12,6 +13,7 @@ read as equal. All checks must pass, each at the full level: that is an intersec
     INVALID        the bytes do not run, or the evidence does not fit together
 """
 
+# Long because the limits, the statistics and the sentences that say what came of them belong together.
 from __future__ import annotations
 
 import hashlib
@@ -142,9 +144,8 @@ def decide(candidate: Predictions, baseline: Predictions, speed: Speed, blessing
     problem = _unfit(candidate, baseline, speed, blessing, limits)
     if problem:
         check = Check(name="evidence", status="INVALID", sentence=problem)
-        return Verdict(
-            status="INVALID", sentence=f"INVALID: {problem}", limits=limits, limits_digest=limits.digest(), checks=(check,)
-        )  # fmt: skip
+        said, digest = f"INVALID: {problem}", limits.digest()
+        return Verdict(status="INVALID", sentence=said, limits=limits, limits_digest=digest, checks=(check,))
     label, old, new = (np.asarray(x) for x in (baseline.labels, baseline.predicted, candidate.predicted))
     checks = [_quality(limits.metric, label, old, new, limits.metric, limits.margin, limits)]
     for name, margin in limits.slices.items():
@@ -198,17 +199,16 @@ def _quality(name: str, label: Any, old: Any, new: Any, metric: str, margin: flo
         low, high = bootstrap(label, old, new, alpha, limits.seed)
     said = f"{_points(value)} against the baseline, at worst {_points(low)} (allowed {_points(-margin)})"
     if low > -margin:
-        return Check(name=name, status="PASS", value=value, low=low, high=high, limit=-margin, sentence=f"{said}.")
+        return _ranged(name, "PASS", (value, low, high), -margin, f"{said}.")
     if high < -margin:
-        return Check(name=name, status="FAIL", value=value, low=low, high=high, limit=-margin,
-                     sentence=f"{said}: proven worse, at best {_points(high)}.")  # fmt: skip
+        worse = f"{said}: proven worse, at best {_points(high)}."
+        return _ranged(name, "FAIL", (value, low, high), -margin, worse)
     if value > -margin:
         needed = examples_needed((lost + won) / len(label), value + margin, limits.confidence)
         more = f"about {needed} examples would tell; there are {len(label)}"
     else:
         more = "more examples would hardly help: the difference itself is beyond the margin"
-    return Check(name=name, status="INCONCLUSIVE", value=value, low=low, high=high, limit=-margin,
-                 sentence=f"{said}: {more}.")  # fmt: skip
+    return _ranged(name, "INCONCLUSIVE", (value, low, high), -margin, f"{said}: {more}.")
 
 
 def _slice(name: str, margin: float, rows: Any, label: Any, old: Any, new: Any, limits: Limits) -> Check:
@@ -247,8 +247,8 @@ def score(won: int, lost: int, n: int, difference: float) -> float:
 def examples_needed(flips: float, room: float, confidence: float = 0.95) -> int:
     """Examples with which a candidate is proven within its margin four times of five.
 
-    (z_confidence + z_0.8)^2 x flips / room^2, where flips is the fraction of answers that change between right and wrong and
-    room the distance between the true difference and -margin: at 95 % and no difference, 6.18 x flips / margin^2.
+    (z_confidence + z_0.8)^2 x flips / room^2, where flips is the fraction of answers that turn between right and wrong
+    and room the distance between the true difference and -margin: at 95 % and no difference, 6.18 x flips / margin^2.
     """
     from scipy.stats import norm
 
@@ -296,17 +296,13 @@ def _efficiency(speed: Speed, limits: Limits) -> list[Check]:
         passed: Status = (
             "PASS" if low >= limits.min_speedup else "FAIL" if high < limits.min_speedup else "INCONCLUSIVE"
         )
-        checks.append(
-            Check(name="speed-up", status=passed, value=ratio, low=low, high=high, limit=limits.min_speedup, sentence=sentence)
-        )  # fmt: skip
+        checks.append(_ranged("speed-up", passed, speed.latency, limits.min_speedup, sentence))
     elif not limits.size_alone:
         slower = high < 1
         sentence = f"{ratio:.2f}x as fast on single texts ({low:.2f} to {high:.2f})."
         if slower:
             sentence = f"slower than the baseline: {sentence} Say size_alone if size is all that counts."
-        checks.append(
-            Check(name="latency", status="FAIL" if slower else "PASS", value=ratio, low=low, high=high, limit=1.0, sentence=sentence)
-        )  # fmt: skip
+        checks.append(_ranged("latency", "FAIL" if slower else "PASS", speed.latency, 1.0, sentence))
     if limits.max_p50_ms:
         sentence = f"{speed.p50_ms:.2f} ms for a single text; {limits.max_p50_ms:.2f} ms are allowed."
         checks.append(_hard("p50", speed.p50_ms, limits.max_p50_ms, speed.p50_ms <= limits.max_p50_ms, sentence))
@@ -330,6 +326,11 @@ def _efficiency(speed: Speed, limits: Limits) -> list[Check]:
 
 def _hard(name: str, value: float, limit: float, passed: bool, sentence: str) -> Check:
     return Check(name=name, status="PASS" if passed else "FAIL", value=value, limit=limit, sentence=sentence)
+
+
+def _ranged(name: str, status: Status, found: tuple[float, float, float], limit: float, sentence: str) -> Check:
+    value, low, high = found
+    return Check(name=name, status=status, value=value, low=low, high=high, limit=limit, sentence=sentence)
 
 
 def _worst(checks: list[Check]) -> Status:

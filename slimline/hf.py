@@ -85,6 +85,8 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ModelError(f"{file} cannot be read: {error}. Save the tokenizer again.") from None
         self.pad = self.fast.token_to_id(_pad_token(folder)) or 0
+        found = (self.fast.token_to_id(name) for name in ("[MASK]", "<mask>", "[UNK]", "<unk>"))
+        self.mask = next((number for number in found if number is not None), self.pad)
         self.fast.enable_truncation(max_length)
         self.fast.no_padding()
 

@@ -184,6 +184,23 @@ def autocast(model: torch.nn.Module, tokenizer: hf.Tokenizer, train: Split) -> C
     return half if seconds(half) < seconds(nullcontext) else nullcontext
 
 
+def hide(batch: dict[str, torch.Tensor], fraction: float, mask_id: int) -> dict[str, torch.Tensor]:
+    """The batch with that fraction of its words [B, T] masked; first tokens, last tokens and padding stay.
+
+    A student that must answer like a teacher who saw the whole text learns more from each (Tang et al., 2019, arXiv
+    1903.12136).
+    """
+    import torch
+
+    if not fraction:
+        return batch
+    ids_BT, real_BT = batch["input_ids"], batch["attention_mask"].bool()
+    inner_BT = real_BT & real_BT.roll(-1, dims=1)  # the last token is followed by padding, or by the first one
+    inner_BT[:, 0] = inner_BT[:, -1] = False
+    chosen_BT = inner_BT & (torch.rand(ids_BT.shape, device=ids_BT.device) < fraction)
+    return {**batch, "input_ids": ids_BT.masked_fill(chosen_BT, mask_id)}
+
+
 def imitate(
     teacher_BL: np.ndarray[Any, Any], split: Split, temperature: float, mixing: float
 ) -> Callable[[torch.Tensor, list[int]], torch.Tensor]:

@@ -102,6 +102,15 @@ def test_data_with_one_label_only_is_refused(tmp_path):
         trained(make_tiny("bert", tmp_path / "model"), tmp_path / "out", file)
 
 
+def test_hiding_spares_first_and_last_tokens_and_padding():
+    ids = torch.arange(1, 13).reshape(2, 6)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    hidden = training.hide(batch, 0.999999, 99)["input_ids"]
+    assert hidden.tolist() == [[1, 99, 99, 99, 99, 6], [7, 99, 99, 10, 11, 12]]
+    assert training.hide(batch, 0.0, 99)["input_ids"] is ids
+
+
 def test_imitation_is_hintons_formula():
     split = training.Split(["a"], np.array([1]), [3])
     teacher = np.array([[2.0, 0.0]], dtype=np.float32)

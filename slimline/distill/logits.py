@@ -37,6 +37,9 @@ class Config(BaseConfig):
     weight_decay: float = Field(0.01, ge=0, lt=1, description="pull of every matrix towards zero")
     temperature: float = Field(2.0, gt=0, le=100, description="softens both answers before they are compared")
     mixing: float = Field(0.9, ge=0, le=1, description="weight of the teacher's answers against the labels'")
+    hide: float = Field(
+        0.1, ge=0, lt=1, description="fraction of words that the student does not see, but the teacher saw"
+    )
     hidden: float = Field(0.0, ge=0, description="weight of following the teacher's states, layer by layer")
     freeze_embeddings: bool = Field(
         False, description="leave the embeddings as they are, which saves a tenth of the time"
@@ -57,7 +60,8 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     imitation = training.imitate(answers_BL, train, config.temperature, config.mixing)
 
     def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], rows: list[int]) -> torch.Tensor:
-        answer = model(**batch, output_hidden_states=config.hidden > 0)
+        hidden = training.hide(batch, config.hide, tokenizer.mask)
+        answer = model(**hidden, output_hidden_states=config.hidden > 0)
         value = imitation(answer.logits, rows)
         return value + config.hidden * apart(teacher, batch, answer.hidden_states, kept) if config.hidden else value
 

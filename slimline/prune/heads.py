@@ -48,6 +48,9 @@ class Config(BaseConfig):
     weight_decay: float = Field(0.01, ge=0, lt=1, description="pull of every matrix towards zero")
     temperature: float = Field(2.0, gt=0, le=100, description="softens both answers before they are compared")
     mixing: float = Field(0.9, ge=0, le=1, description="weight of the teacher's answers against the labels'")
+    hide: float = Field(
+        0.1, ge=0, lt=1, description="fraction of words that the student does not see, but the teacher saw"
+    )
     freeze_embeddings: bool = Field(
         False, description="leave the embeddings as they are, which saves a tenth of the time"
     )
@@ -199,7 +202,7 @@ def recover(
     imitation = training.imitate(answers_BL, train, config.temperature, mixing)
 
     def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], rows: list[int]) -> torch.Tensor:
-        return imitation(model(**batch).logits, rows)
+        return imitation(model(**training.hide(batch, config.hide, tokenizer.mask)).logits, rows)
 
     plan = training.Plan.of(config)
     return training.fit(model, tokenizer, train, validation, plan, loss, "recovering")
