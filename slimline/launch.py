@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ def run(pipeline: str, values: dict[str, Any], watch: Watcher, command: str | No
     values = recipe.check(spec, values)
     start = time.monotonic()
     name = str(spec["pipelineInfo"]["name"])
+    _warm_up()
     store.client()
     run_id = store.start_pipeline(f"{name} {values.get('name', '')}".strip(), name, values, command or _command())
     if "margin" in values:  # the limits are fixed before anything is measured
@@ -134,6 +136,13 @@ def _execute(file: Path, values: dict[str, Any], folder: Path, worker: Worker) -
             worker.stop()
 
 
+def _warm_up() -> None:
+    """Start the server that steps are forked from; it imports while this process opens the store."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["slimline._warm"])
+    forkserver.ensure_running()
+
+
 class Worker:
     """Runs the command of a lightweight component in a process forked from a server that has the libraries loaded."""
 
@@ -141,7 +150,6 @@ class Worker:
         self.log, self.environment, self.scratch = log, environment, Path(tempfile.gettempdir())
         self.exit_code = 0
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["slimline._warm"])
         self.process: Any = None
 
     def run(self, full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
