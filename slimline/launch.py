@@ -52,6 +52,8 @@ def run(pipeline: str, values: dict[str, Any], watch: Watcher, command: str | No
     file = recipe.pipeline_file(pipeline)
     spec = next(yaml.safe_load_all(file.read_text(encoding="utf-8")))
     values = recipe.check(spec, values)
+    if "name" in values:
+        store.check_name(values["name"])
     start = time.monotonic()
     name = str(spec["pipelineInfo"]["name"])
     _warm_up()

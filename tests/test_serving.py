@@ -1,0 +1,80 @@
+"""One signature: MLflow's own loader and server answer for every format."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from slimline import step, store
+from tests.tiny import make_tiny
+
+TEXTS = ["a superb film", "dull and very very long and stale", ""]
+
+
+@pytest.fixture
+def champions(fresh_store, tmp_path, tiny_data):
+    """A registered model with a version of each format."""
+    ref, _ = step.run("fetch.local", str(make_tiny("bert", tmp_path / "source")), {})
+    exported, _ = step.run("export.onnx", ref, {"data": str(tiny_data)})
+    small, _ = step.run("quantize.int8_dynamic", exported, {"data": str(tiny_data), "agreement": 0.5, "kl": 5.0})
+    for number, one in enumerate((ref, exported, small)):
+        store.register("reviews", one, str(number), {}, "")
+    store.set_alias("reviews", "champion", 3)
+    return fresh_store
+
+
+def test_mlflows_loader_answers_alike_for_every_format(champions):
+    import mlflow
+
+    mlflow.set_tracking_uri(store.uri())
+    answers = [mlflow.pyfunc.load_model(f"models:/reviews/{v}").predict(TEXTS) for v in (1, 2, 3)]
+    for answer in answers:
+        assert list(answer.columns) == ["label", "score"] and len(answer) == 3
+        assert set(answer["label"]) <= {"negative", "positive"}
+    assert list(answers[0]["label"]) == list(answers[1]["label"])
+    assert list(answers[0]["score"]) == pytest.approx(list(answers[1]["score"]), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_mlflows_server_answers_over_http(champions):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/reviews@champion"]
+    command += ["--env-manager", "local", "--port", str(port), "--host", "127.0.0.1"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": store.uri(), "PATH": path}
+    server = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        body = json.dumps({"inputs": TEXTS}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
+        )
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=20) as reply:
+                    answers = json.load(reply)["predictions"]
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline
+                time.sleep(1)
+        assert [set(answer) for answer in answers] == [{"label", "score"}] * 3
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(20)
+
+
+def test_a_fetched_copy_elsewhere_answers_too(champions, tmp_path):
+    from slimline import serve
+
+    shutil.copytree(store.fetch("models:/reviews@champion"), tmp_path / "elsewhere")
+    assert len(serve.load(tmp_path / "elsewhere").predict(TEXTS)) == 3
