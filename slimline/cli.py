@@ -1,5 +1,6 @@
 """The command line. Results go to stdout, progress to stderr; errors are one sentence and an exit code (errors.py)."""
 
+# Long because it is one short function a command, and a list of them is read top to bottom.
 from __future__ import annotations
 
 import json

@@ -7,6 +7,7 @@ truth, and each layer is cut to them (heads = rows / width of a head).
 Shapes: B = texts, T = tokens of the longest, L = labels.
 """
 
+# Long because reading a model, cutting it to the shapes in its file and answering with it share one table of layouts.
 from __future__ import annotations
 
 import json

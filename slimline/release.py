@@ -9,6 +9,7 @@ MLflow's aliases have no compare-and-set, so every move first takes the next num
 process can create; whoever comes second loses with a sentence.
 """
 
+# Long because judging, registering and moving the champion are one story, told once.
 from __future__ import annotations
 
 import getpass

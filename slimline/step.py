@@ -4,6 +4,7 @@ A step is known by what goes in: its key is the digest of source, technique, con
 with that key is reused; anything else leaves nothing behind that could be mistaken for a result.
 """
 
+# Long because reuse, running, sealing and saying what went wrong must hold together, or a killed step leaves a half.
 from __future__ import annotations
 
 import ast

@@ -6,6 +6,7 @@ their manifest whenever they are read. `MLFLOW_TRACKING_URI` rules; without it t
 SQLite and a folder beside it.
 """
 
+# Long because it is the only file that may know MLflow, and so holds all that slimline asks of it.
 from __future__ import annotations
 
 import hashlib
