@@ -28,7 +28,8 @@ class View:
     """Shows the events of a run (see progress.py) on a console."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        # Bound to today's stream: while a pipeline runs, standard error belongs to its log.
+        self.console = Console(file=console.file, highlight=False)
         self.steps = self.finished = 0
         self.tenth, self.what = -1, ""
         self.began = time.monotonic()

@@ -199,7 +199,8 @@ def test_a_run_killed_in_the_middle_goes_on_where_it_was(world):
     process.wait()
     done = cli(world, *arguments)
     assert done.returncode == 0, done.stderr
-    assert "train.finetune" in done.stderr and "reused" in done.stderr
+    told = {line.split()[1]: line.split()[-1] for line in done.stderr.splitlines() if "/" in line[:6]}
+    assert told["train.finetune"] == "reused" and told["distill.logits"] == "s"
     assert [v.version for v in store.versions("killed")] in (["1"], [1])
 
 
@@ -218,3 +219,10 @@ def test_a_pipeline_can_be_written_out_for_kubeflow(tmp_path):
     assert all(not t.get("cachingOptions", {}).get("enableCache") for t in spec["root"]["dag"]["tasks"].values())
     with pytest.raises(errors.ConfigError, match=r"nothing\.py does not exist"):
         launch.compile("nothing.py", tmp_path / "x.yaml")
+
+
+def test_progress_is_told_in_plain_lines_where_there_is_no_terminal(world):
+    told = cli(world, "run", "optimize", "-f", "recipe.yaml", "--set", "name=told", "--set", "seed=3").stderr
+    assert "\r" not in told and "\x1b" not in told
+    assert "train.finetune ..." in told and "evaluate.latency ..." in told
+    assert [line for line in told.splitlines() if line.strip().startswith("20/20") and "report" in line]
