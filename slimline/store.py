@@ -142,7 +142,7 @@ def start_pipeline(name: str, experiment_name: str, recipe: dict[str, Any], comm
     with speaking():
         tags = {
             "mlflow.runName": name,
-            PREFIX + "pipeline": name,
+            PREFIX + "pipeline": experiment_name,
             PREFIX + "command": command,
             **_process_tags(),
         }
@@ -303,7 +303,7 @@ def save(run_id: str, path: Path, manifest: Manifest) -> str:
 
 
 SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.string, "text")]),
+    inputs=Schema([ColSpec(DataType.string)]),  # without a name, so that a plain list of texts is taken too
     outputs=Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "score")]),
 )
 

@@ -170,13 +170,13 @@ def test_a_terminated_step_marks_its_run_killed_and_exits_with_143(fresh_store, 
 def test_a_full_disk_is_said_and_leaves_nothing_half_done(fresh_store, outside, tmp_path):
     code = (
         "import resource, sys\nfrom slimline import errors, step, store\nstore.client()\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, 8_000_000))\n"
         "import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "try:\n    step.run('fetch.local', sys.argv[1], {})\n"
         "except errors.StoreError as error:\n    print(error)\n    sys.exit(error.exit_code)\n"
     )
-    big = make_tiny("bert", tmp_path / "big", width=128)
-    assert (big / "model.safetensors").stat().st_size > 400_000
+    big = make_tiny("bert", tmp_path / "big", width=384)
+    assert (big / "model.safetensors").stat().st_size > 8_000_000
     full = subprocess.run([sys.executable, "-c", code, str(big)], capture_output=True, text=True)
     assert full.returncode == 5, full.stderr[-2000:]
     assert "the disk is full" in full.stdout and "MB free" in full.stdout
