@@ -104,11 +104,13 @@ def compile(pipeline: str, out: Path) -> None:
         raise ConfigError(f"{pipeline} does not exist. Give a pipeline's name or its .py file.")
     root = str(Path(pipeline).resolve().parent.parent)
     out.unlink(missing_ok=True)
+    kfp = [sys.executable, "-c", "from kfp.cli.__main__ import main; main()", "dsl", "compile"]
     made = subprocess.run(
-        [sys.executable, "-c", "from kfp.cli.__main__ import main; main()", "dsl", "compile", "--disable-execution-caching-by-default",
-         "--py", pipeline, "--output", str(out)],
-        env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True,
-    )  # fmt: skip
+        [*kfp, "--disable-execution-caching-by-default", "--py", pipeline, "--output", str(out)],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
     if made.returncode or not out.is_file():
         last = (made.stderr.strip() or made.stdout.strip()).split("\n")[-1]
         raise ConfigError(f"{pipeline} does not compile: {last}")

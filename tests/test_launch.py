@@ -202,6 +202,8 @@ def test_a_run_killed_in_the_middle_goes_on_where_it_was(world):
     assert done.returncode == 0, done.stderr
     told = {line.split()[1]: line.split()[-1] for line in done.stderr.splitlines() if "/" in line[:6]}
     assert told["train.finetune"] == "reused" and told["distill.logits"] == "s"
+    assert "\r" not in done.stderr and "\x1b" not in done.stderr  # plain lines, where there is no terminal
+    assert re.search(r"(\d+)/\1 report", done.stderr)
     assert [v.version for v in store.versions("killed")] in (["1"], [1])
 
 
@@ -220,10 +222,3 @@ def test_a_pipeline_can_be_written_out_for_kubeflow(tmp_path):
     assert all(not t.get("cachingOptions", {}).get("enableCache") for t in spec["root"]["dag"]["tasks"].values())
     with pytest.raises(errors.ConfigError, match=r"nothing\.py does not exist"):
         launch.compile("nothing.py", tmp_path / "x.yaml")
-
-
-def test_progress_is_told_in_plain_lines_where_there_is_no_terminal(world):
-    told = cli(world, "run", "optimize", "-f", "recipe.yaml", "--set", "name=told", "--set", "seed=3").stderr
-    assert "\r" not in told and "\x1b" not in told
-    assert "train.finetune ..." in told and "evaluate.latency ..." in told
-    assert re.search(r"(\d+)/\1 report", told)
