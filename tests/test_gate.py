@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -120,6 +121,34 @@ def test_the_bound_in_the_simulation_is_the_bound_of_the_verdict():
         assert (verdict.checks[0].status == "PASS") == proven
 
 
+def test_macro_f1_at_the_margin_passes_in_six_of_a_hundred_tries_at_most_even_where_flips_are_few():
+    label, half, bounds = np.repeat(["a", "b"], 50), 50, {}
+    for a in range(4):
+        for b in range(4):
+            new = label.copy()
+            new[:a], new[half : half + b] = "b", "a"
+            bounds[a, b] = gate.bootstrap(label, label, new, 0.1, seed=0)[0]
+    for loss in (0.01, 0.02, 0.03):  # of each label alike, so that macro F1 falls by just as much: it is the margin
+        chance = [math.comb(half, lost) * loss**lost * (1 - loss) ** (half - lost) for lost in range(4)]
+        passed = [pair for pair, low in bounds.items() if low > -loss]
+        assert sum(chance[a] * chance[b] for a, b in passed) <= 0.06  # exact, no simulation
+        assert all(max(pair) < 3 for pair in passed)  # so none with more losses passes either
+
+
+def test_no_flip_seen_proves_no_margin_by_itself():
+    for metric in ("accuracy", "macro_f1"):
+        assert decide(100, 0, 0, metric=metric, margin=0.005).status == "INCONCLUSIVE"
+        assert decide(2000, 0, 0, metric=metric, margin=0.005).status == "PASS"
+
+
+def test_one_label_with_few_examples_widens_macro_f1():
+    label = np.array(["a"] * 390 + ["rare"] * 10)
+    low, high = gate.bootstrap(label, label, label, 0.1, seed=0)
+    lost = 10 * 1.6448536269514722**2 / (10 + 1.6448536269514722**2)  # Wilson's bound for none lost of 10
+    rare, common = 2 * (10 - lost) / (20 - lost), 780 / (780 + lost)
+    assert low == pytest.approx((rare + common) / 2 - 1, abs=1e-4) and high == -low
+
+
 # Verdicts
 
 
@@ -143,6 +172,14 @@ def test_what_cannot_be_told_is_inconclusive_and_names_the_examples_that_would_t
     assert "about 4947 examples would tell; there are 500" in verdict.sentence
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
+@pytest.mark.parametrize(("n", "lost", "won"), [(100, 0, 0), (100, 1, 0), (100, 2, 3), (120, 2, 2), (150, 3, 1)])
+def test_the_examples_that_would_tell_are_more_than_there_are(metric, n, lost, won):
+    verdict = decide(n, lost, won, metric=metric, margin=0.02)
+    assert verdict.status == "INCONCLUSIVE"
+    assert int(verdict.sentence.split("about ")[1].split()[0]) > n
+
+
 def test_the_examples_needed_are_six_point_eighteen_flips_over_the_margin_squared():
     assert gate.examples_needed(0.08, 0.01) == 4947 == math.ceil(6.1826 * 0.08 / 0.01**2)
     assert gate.examples_needed(0.08, 0.005) == pytest.approx(4 * 4947, abs=4)
@@ -161,7 +198,30 @@ def test_evidence_that_does_not_fit_together_is_invalid():
     assert decide(50, 0, 0).status == "INVALID"
     broken = Speed((float("nan"), 1.0, 1.0), (1.0, 1.0, 1.0), 1.0, 1.0, 1.0, 1)
     assert decide(400, 0, 0, speed=broken).status == "INVALID"
+    upside_down = Speed((6.0, 6.2, 5.8), (1.0, 1.0, 1.0), 1.0, 1.0, 1.0, 1)
+    assert "low end above" in decide(400, 0, 0, speed=upside_down).sentence
     assert "no slice 'label:c'" in decide(400, 0, 0, slices={"label:c": 0.1}).sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"predicted": ["a"] * 399}, "different lengths: 399, 400"),
+        ({"slices": {"label:a": np.ones(5, dtype=bool)}}, "different lengths: 5, 400"),
+        ({"ids": ["0"] * 400}, "399 examples more than once"),
+        ({"predicted": [None] * 400}, "without an answer"),
+    ],
+)
+def test_answers_that_are_broken_by_themselves_are_invalid_and_nothing_is_raised(change, reason):
+    candidate, baseline = answers(400, 0, 0)
+    verdict = gate.decide(replace(candidate, **change), baseline, FAST, FINE, Limits(slices={"label:a": 0.1}))
+    assert verdict.status == "INVALID" and reason in verdict.sentence
+
+
+def test_a_hair_less_memory_is_not_a_win():
+    same = Speed((1.0, 0.98, 1.02), (1.0, 0.98, 1.02), size=1.0, memory=1.01, p50_ms=9.0, weights_bytes=91_000_000)
+    assert "nothing is won" in decide(2400, 0, 0, speed=same).sentence
+    assert decide(2400, 0, 0, speed=replace(same, memory=1.5)).status == "PASS"
 
 
 def test_slower_than_the_baseline_fails_unless_size_alone_was_asked_for():
