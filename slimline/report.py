@@ -94,6 +94,7 @@ def render(page: Page) -> str:
         bars=bars(page.rows),
         slices=sorted({name for row in page.rows for name in row.slices}, key=_slice_order),
         seconds=sum(stage.seconds for stage in page.lineage),
+        bought=bought(page.lineage, page.rows),
     )
 
 
@@ -114,6 +115,26 @@ def pareto(rows: tuple[Row, ...]) -> list[Row]:
         if not front or row.accuracy > front[-1].accuracy:
             front.append(row)
     return front
+
+
+def bought(lineage: tuple[Stage, ...], rows: tuple[Row, ...]) -> list[dict[str, Any]]:
+    """Every stage with its own measurement and the measured one before it, each None where nothing was measured.
+
+    Matched from the end, since the rows end with the candidate, whose lineage this is; an export of the baseline
+    comes earlier and is passed over.
+    """
+    longest, end = max((stage.seconds for stage in lineage), default=0.0) or 1.0, len(rows)
+    steps: list[dict[str, Any]] = []
+    for stage in reversed(lineage):
+        at = next((i for i in reversed(range(end)) if rows[i].technique == stage.technique), None)
+        end = end if at is None else at
+        share = round(100 * stage.seconds / longest, 1)
+        steps.append({"stage": stage, "row": None if at is None else rows[at], "before": None, "share": share})
+    before = None
+    for entry in reversed(steps):
+        entry["before"] = before
+        before = entry["row"] or before
+    return steps[::-1]
 
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 400, 62, 24, 20, 52

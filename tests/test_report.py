@@ -141,6 +141,30 @@ def test_one_model_alone_and_no_mistakes_can_be_drawn():
     assert "nothing that was right is wrong now" in report.render(alone)
 
 
+def stages(*techniques: str) -> tuple[Stage, ...]:
+    return tuple(Stage(technique=t, config={}, metrics={}, parent="", seconds=10.0) for t in techniques)
+
+
+def test_a_stage_is_matched_with_its_own_measurement_not_with_the_baselines_export():
+    lineage = stages("fetch.local", "train.finetune", "distill.logits", "prune.heads", "export.onnx")
+    found = report.bought(lineage, ROWS[:5])
+    names = [step["row"] and step["row"].name for step in found]
+    assert names == [None, "finetune · hf", "logits · hf", "heads · hf", "heads · onnx"]
+    assert [step["before"] and step["before"].name for step in found] == [None, None, *names[1:4]]
+
+
+def test_a_stage_that_was_not_measured_is_passed_over_in_what_the_next_one_bought():
+    found = report.bought(stages("train.finetune", "prune.unknown", "quantize.int8_dynamic"), ROWS)
+    assert [step["row"] is None for step in found] == [False, True, False]
+    assert found[2]["before"] is ROWS[0]
+    assert report.bought((), ROWS) == []
+
+
+def test_what_a_stage_bought_is_on_the_page():
+    drawn = report.render(page())
+    assert "-0.7 points" in drawn and "4.01x smaller" in drawn and "88.2 %</td>" in drawn
+
+
 def test_the_front_holds_what_nothing_beats_in_both():
     names = [r.name for r in report.pareto(ROWS)]
     assert names == ["int8_dynamic · onnx", "heads · onnx", "finetune · onnx"]
