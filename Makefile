@@ -32,7 +32,7 @@ run: $(VENV)/run.stamp ## Install what is locked and run the example: a model in
 	$(BIN)/slimline run optimize -f $(RECIPE)
 
 test: $(VENV)/dev.stamp ## Run the whole test suite, with coverage of the library
-	$(BIN)/python -m pytest --cov --cov-report=term $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term $(TESTS)
 
 lint: $(VENV)/dev.stamp ## Check style, types and which module may import which
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -69,10 +70,19 @@ def _print_summary(summary: dict[str, Any], log: Path) -> None:
     out.print(f"\nReport   {summary['report']}", soft_wrap=True)
     out.print(f"Log      {log}", soft_wrap=True)
     ref = f"models:/{name}@champion" if summary["promoted"] else f"models:/{name}/{summary['version']}"
+    me = _me()
     out.print(
-        f"\nNext     slimline show {ref}\n         slimline predict {ref} 'a film to remember'\n         slimline ui\n",
+        f"\nNext     {me} show {ref}\n         {me} predict {ref} 'a film to remember'\n         {me} ui\n",
         soft_wrap=True,
     )
+
+
+def _me() -> str:
+    """What to type to get this program again: its path where the shell would not find it, as after `make run`."""
+    here = Path(sys.argv[0]).absolute()
+    if shutil.which("slimline") or not here.is_relative_to(Path.cwd()) or here.name != "slimline":
+        return "slimline"
+    return str(here.relative_to(Path.cwd()))
 
 
 @app.command()

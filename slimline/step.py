@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slimline import artifact, progress, store, technique
+from slimline import allowlist, artifact, progress, store, technique
 from slimline.artifact import Manifest, Stage
 from slimline.errors import ConfigError, ModelError, SlimlineError, StoreError
 from slimline.fetch import local
@@ -195,8 +195,9 @@ def _transform(
 
 
 def resolve(ref: str) -> Input:
-    """What a ref names, here and verified."""
+    """What a ref names, here and verified. A file of weights stands for the folder that it lies in."""
     path = local.locate(ref) if ref.startswith("package:") else store.fetch(ref)
+    path = path.parent if path.is_file() and path.suffix in (".safetensors", *allowlist.PICKLES) else path
     sealed = path.is_dir() and (path / artifact.MANIFEST).is_file()
     manifest = artifact.read(path) if sealed else None
     return Input(ref, path, manifest.digest if manifest else artifact.digest(path), manifest)

@@ -38,6 +38,7 @@ class Plan:
     warmup: float
     weight_decay: float
     seed: int
+    dropout: float
     freeze_embeddings: bool = False
 
     @classmethod
@@ -70,6 +71,9 @@ def fit(
     torch.manual_seed(plan.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     draw = np.random.default_rng(plan.seed)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = plan.dropout
     if plan.freeze_embeddings:
         for weight in model.base_model.embeddings.parameters():  # type: ignore[union-attr]
             weight.requires_grad_(False)
@@ -87,7 +91,7 @@ def fit(
     for done, rows in enumerate(track(batches, what, note), 1):
         model.train()
         batch = hf.tensors(tokenizer.encode([train.texts[i] for i in rows]), model)
-        with cast():
+        with cast(), hf.first_token_only(model):
             value = loss(model, batch, rows)
         optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]
@@ -142,7 +146,8 @@ def optimizing(model: torch.nn.Module, plan: Plan, steps: int) -> tuple[Any, Any
 
 def validate(model: torch.nn.Module, tokenizer: hf.Tokenizer, split: Split) -> tuple[float, float]:
     """(accuracy, minus mean cross-entropy): greater is better."""
-    logits_BL = hf.logits(model, tokenizer, split.texts).astype(np.float64)
+    with hf.first_token_only(model):
+        logits_BL = hf.logits(model, tokenizer, split.texts).astype(np.float64)
     logits_BL -= logits_BL.max(axis=1, keepdims=True)
     log_p_BL = logits_BL - np.log(np.exp(logits_BL).sum(axis=1, keepdims=True))
     right = float((logits_BL.argmax(axis=1) == split.targets).mean())
@@ -182,6 +187,12 @@ def autocast(model: torch.nn.Module, tokenizer: hf.Tokenizer, train: Split) -> C
         return min(took)
 
     return half if seconds(half) < seconds(nullcontext) else nullcontext
+
+
+def ask(teacher: torch.nn.Module, tokenizer: hf.Tokenizer, split: Split) -> hf.Floats:
+    """The teacher's logits [B, L] for every text of the split, in its order."""
+    with hf.first_token_only(teacher):
+        return hf.logits(teacher, tokenizer, split.texts, watch=lambda rows: track(rows, "asking the teacher"))
 
 
 def hide(batch: dict[str, torch.Tensor], fraction: float, mask_id: int) -> dict[str, torch.Tensor]:

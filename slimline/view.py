@@ -116,9 +116,9 @@ class View:
 def results_table(rows: list[dict[str, Any]]) -> Table:
     """Base and every stage's result: quality with its interval, latency, size and memory."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("model")
-    for column in ("accuracy (95 %)", "p50 ms", "p99 ms <=", "speed-up", "weights MB", "peak memory MB"):
-        table.add_column(column, justify="right")
+    table.add_column("\nmodel", no_wrap=True)
+    for column in ("accuracy\n(95 % interval)", "p50\nms", "p99\n<= ms", "speed-\nup", "weights\nMB", "peak\nMB"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             escape(row["name"]),

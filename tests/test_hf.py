@@ -103,3 +103,29 @@ def test_a_models_layers_are_cut_to_the_shapes_in_the_file(tmp_path):
 
 
 BERT = hf.BERT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_layer_on_the_first_token_alone_gives_the_same_answers_and_gradients(kind, tmp_path):
+    folder = make_tiny(kind, tmp_path / kind)
+    tokenizer, model = hf.tokenizer(folder, 32), hf.load(folder)
+    batch = hf.tensors(tokenizer.encode(TEXTS), model)
+
+    def answers_and_gradients():
+        model.zero_grad()
+        last = []
+        seen = list(hf.layers(model))[-1].register_forward_hook(lambda module, inputs, out: last.append(out))
+        logits = model(**batch).logits
+        torch.logsumexp(logits, dim=1).sum().backward()
+        seen.remove()
+        return logits.detach(), last[0].shape, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    whole, shape, wanted = answers_and_gradients()
+    with hf.first_token_only(model):
+        logits, one, found = answers_and_gradients()
+    assert shape[1] > 1 and one[1] == 1  # the work did fall away
+    torch.testing.assert_close(logits, whole, atol=1e-6, rtol=1e-5)
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    assert answers_and_gradients()[1] == shape  # and comes back afterwards

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -190,18 +189,17 @@ def test_a_steps_error_is_the_runs_error_and_what_was_finished_stays(world):
 
 @pytest.mark.slow
 def test_a_run_killed_in_the_middle_goes_on_where_it_was(world):
-    arguments = ["run", "optimize", "-f", "recipe.yaml", "--set", "name=killed", "--set", "seed=7"]
+    arguments = ["run", "optimize", "-f", "recipe.yaml", "--set", "name=killed", "--set", "distill_epochs=12"]
     process = subprocess.Popen([*CLI, *arguments], cwd=world["folder"], stderr=subprocess.PIPE, text=True)
     for line in process.stderr:  # until distillation is at work
         if "distill.logits ..." in line:
             break
-    time.sleep(1)
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = cli(world, *arguments)
     assert done.returncode == 0, done.stderr
     told = {line.split()[1]: line.split()[-1] for line in done.stderr.splitlines() if "/" in line[:6]}
-    assert told["train.finetune"] == "reused" and told["distill.logits"] == "s"
+    assert told["train.finetune"] == "reused" and told["distill.logits"] == "s"  # seconds: it was done again
     assert "\r" not in done.stderr and "\x1b" not in done.stderr  # plain lines, where there is no terminal
     assert re.search(r"(\d+)/\1 report", done.stderr)
     assert [v.version for v in store.versions("killed")] in (["1"], [1])

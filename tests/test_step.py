@@ -42,6 +42,14 @@ def test_the_same_step_is_reused_and_another_source_is_not(fresh_store, outside,
     assert other != first
 
 
+def test_a_file_of_weights_stands_for_its_folder_so_a_changed_config_is_another_source(fresh_store, outside):
+    first, _ = step.run("fetch.local", str(outside / "model.safetensors"), {})
+    assert step.run("fetch.local", str(outside), {})[0] == first
+    config = json.loads((outside / "config.json").read_text())
+    (outside / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-6}))
+    assert step.run("fetch.local", str(outside / "model.safetensors"), {})[0] != first
+
+
 def test_a_stored_model_that_was_changed_is_made_again_and_not_handed_on(fresh_store, outside):
     first, _ = step.run("fetch.local", str(outside), {})
     weights = store.fetch(first) / "model.safetensors"

@@ -59,7 +59,7 @@ def test_batches_hold_every_text_once_and_texts_of_like_length(tmp_path):
 
 def test_the_rate_rises_and_falls_in_straight_lines():
     weight = torch.nn.Linear(2, 2)
-    plan = training.Plan(1, 8, 0.1, 0.5, 0.0, 0)
+    plan = training.Plan(1, 8, 0.1, 0.5, 0.0, 0, 0.0)
     optimizer, schedule = training.optimizing(weight, plan, 4)
     rates = []
     for _ in range(4):
@@ -70,7 +70,7 @@ def test_the_rate_rises_and_falls_in_straight_lines():
 
 
 def test_biases_and_norms_do_not_decay():
-    optimizer, _ = training.optimizing(torch.nn.Linear(2, 2), training.Plan(1, 8, 0.1, 0.0, 0.3, 0), 4)
+    optimizer, _ = training.optimizing(torch.nn.Linear(2, 2), training.Plan(1, 8, 0.1, 0.0, 0.3, 0, 0.0), 4)
     assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in optimizer.param_groups] == [
         (0.3, [2]),
         (0.0, [1]),

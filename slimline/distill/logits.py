@@ -41,6 +41,7 @@ class Config(BaseConfig):
         0.1, ge=0, lt=1, description="fraction of words that the student does not see, but the teacher saw"
     )
     hidden: float = Field(0.0, ge=0, description="weight of following the teacher's states, layer by layer")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the student's states; hiding words does more in less time")
     freeze_embeddings: bool = Field(
         False, description="leave the embeddings as they are, which saves a tenth of the time"
     )
@@ -55,7 +56,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     keep_layers(student, kept)
     tokenizer = hf.tokenizer(source, hf.max_length(source))
     train, validation = (training.read(Path(config.data), name, tokenizer, labels) for name in ("train", "validation"))
-    answers_BL = hf.logits(teacher, tokenizer, train.texts, watch=lambda batches: track(batches, "asking the teacher"))
+    answers_BL = training.ask(teacher, tokenizer, train)
     plan = training.Plan.of(config)
     imitation = training.imitate(answers_BL, train, config.temperature, config.mixing)
 
@@ -96,15 +97,17 @@ def keep_layers(model: torch.nn.Module, kept: list[int]) -> None:
 def apart(
     teacher: torch.nn.Module, batch: dict[str, torch.Tensor], mine: tuple[torch.Tensor, ...], kept: list[int]
 ) -> torch.Tensor:
-    """Mean squared distance [B, T, W] of the student's states from those after the layers that it kept."""
+    """Mean squared distance [B, T, W] of the student's states from those after the layers that it kept.
+
+    The last states are those of the first token, the only one that the head reads.
+    """
     import torch
 
-    with torch.no_grad():
+    with torch.no_grad(), hf.first_token_only(teacher):
         states = teacher(**batch, output_hidden_states=True).hidden_states
-    real_BT1 = batch["attention_mask"].unsqueeze(-1)
-    total = torch.zeros((), device=real_BT1.device)
-    for state, layer in zip(mine[1:], kept):
-        total = (
-            total + (((state - states[layer + 1]) ** 2).mean(dim=-1, keepdim=True) * real_BT1).sum() / real_BT1.sum()
-        )
+    total = torch.zeros((), device=mine[0].device)
+    for state_BTW, layer in zip(mine[1:], kept):
+        real_BT = batch["attention_mask"][:, : state_BTW.shape[1]]
+        far_BT = ((state_BTW - states[layer + 1]) ** 2).mean(dim=-1)
+        total = total + (far_BT * real_BT).sum() / real_BT.sum()
     return total / len(kept)

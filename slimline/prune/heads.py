@@ -51,6 +51,7 @@ class Config(BaseConfig):
     hide: float = Field(
         0.1, ge=0, lt=1, description="fraction of words that the student does not see, but the teacher saw"
     )
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the student's states; hiding words does more in less time")
     freeze_embeddings: bool = Field(
         False, description="leave the embeddings as they are, which saves a tenth of the time"
     )
@@ -198,7 +199,7 @@ def recover(
         place = Path(config.teacher)
         teacher, mixing = hf.load(place), config.mixing
         taught_by = hf.tokenizer(place, hf.max_length(place))
-        answers_BL = hf.logits(teacher, taught_by, train.texts, watch=lambda rows: track(rows, "asking the teacher"))
+        answers_BL = training.ask(teacher, taught_by, train)
     imitation = training.imitate(answers_BL, train, config.temperature, mixing)
 
     def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], rows: list[int]) -> torch.Tensor:

@@ -27,6 +27,7 @@ class Config(BaseConfig):
     warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps in which the rate rises")
     weight_decay: float = Field(0.01, ge=0, lt=1, description="pull of every matrix towards zero")
     max_length_tokens: int = Field(128, gt=2, le=8192, description="texts are cut here, now and when served")
+    dropout: float = Field(0.1, ge=0, lt=1, description="fraction of every state that a step does not see")
     freeze_embeddings: bool = Field(
         False, description="leave the embeddings as they are, which saves a tenth of the time"
     )
