@@ -131,8 +131,9 @@ def techniques(
             out.print_json(json.dumps({"technique": name, "needs": module.NEEDS, "gives": module.GIVES, **schema}))
             return
         out.print(f"[bold]{name}[/bold]  needs {module.NEEDS}, gives {module.GIVES}\n")
-        out.print(escape((module.__doc__ or "").strip()) + "\n")
-        out.print(_options_table(schema))
+        told = [" ".join(part.split()) for part in (module.__doc__ or "").split("\n\n")]
+        out.print("\n\n".join(escape(part) for part in told if not part.startswith("Shapes:")) + "\n")
+        out.print(_options_table(schema, own=list(module.Config.__annotations__)))
         return
     found = [f"{name}.{m}" for m in technique.names(name)] if name else technique.all_names()
     lines = {n: (technique.find(n).__doc__ or "").strip().split("\n")[0] for n in found}
@@ -147,12 +148,13 @@ def techniques(
     out.print(table)
 
 
-def _options_table(schema: dict[str, Any]) -> Table:
+def _options_table(schema: dict[str, Any], own: list[str]) -> Table:
+    """The options, those of this technique alone before those that it shares with others."""
     table = Table(box=None, pad_edge=False)
     for column in ("option", "type", "default", "bounds", "meaning"):
         table.add_column(column, style="bold" if column == "option" else "")
     signs = {"minimum": ">=", "maximum": "<=", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
-    for key, field in schema.get("properties", {}).items():
+    for key, field in sorted(schema.get("properties", {}).items(), key=lambda item: item[0] not in own):
         bounds = " ".join(f"{sign}{field[bound]:g}" for bound, sign in signs.items() if bound in field)
         if "enum" in field:
             bounds = " | ".join(map(str, field["enum"]))

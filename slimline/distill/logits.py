@@ -17,7 +17,7 @@ from pydantic import Field
 
 from slimline import artifact, hf, training
 from slimline.errors import ConfigError
-from slimline.technique import BaseConfig, Metrics, Stored, track
+from slimline.technique import Metrics, Stored
 
 if TYPE_CHECKING:
     import torch
@@ -25,27 +25,13 @@ if TYPE_CHECKING:
 NEEDS = GIVES = "hf"
 
 
-class Config(BaseConfig):
+class Config(training.Imitation):
     """Options of distill.logits."""
 
     data: Stored = Field(description="data set: its train split is learned, its validation split chooses the epoch")
     layers: int = Field(3, gt=0, description="layers of the teacher that the student keeps")
     epochs: int = Field(3, gt=0, le=1000, description="how often the train split is read")
-    batch_size: int = Field(32, gt=0, description="texts in a step")
-    learning_rate: float = Field(1e-4, gt=0, lt=1, description="the highest rate, after warm-up")
-    warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps in which the rate rises")
-    weight_decay: float = Field(0.01, ge=0, lt=1, description="pull of every matrix towards zero")
-    temperature: float = Field(2.0, gt=0, le=100, description="softens both answers before they are compared")
-    mixing: float = Field(0.9, ge=0, le=1, description="weight of the teacher's answers against the labels'")
-    hide: float = Field(
-        0.1, ge=0, lt=1, description="fraction of words that the student does not see, but the teacher saw"
-    )
     hidden: float = Field(0.0, ge=0, description="weight of following the teacher's states, layer by layer")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of the student's states; hiding words does more in less time")
-    freeze_embeddings: bool = Field(
-        False, description="leave the embeddings as they are, which saves a tenth of the time"
-    )
-    seed: int = Field(0, ge=0, description="of the order of batches and dropout")
 
 
 def run(source: Path, out: Path, config: Config) -> Metrics:
@@ -57,7 +43,6 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     tokenizer = hf.tokenizer(source, hf.max_length(source))
     train, validation = (training.read(Path(config.data), name, tokenizer, labels) for name in ("train", "validation"))
     answers_BL = training.ask(teacher, tokenizer, train)
-    plan = training.Plan.of(config)
     imitation = training.imitate(answers_BL, train, config.temperature, config.mixing)
 
     def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], rows: list[int]) -> torch.Tensor:
@@ -66,7 +51,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
         value = imitation(answer.logits, rows)
         return value + config.hidden * apart(teacher, batch, answer.hidden_states, kept) if config.hidden else value
 
-    metrics = training.fit(student, tokenizer, train, validation, plan, loss, "distilling")
+    metrics = training.fit(student, tokenizer, train, validation, config, loss, "distilling")
     metrics |= {
         "teacher_validation_accuracy": training.validate(teacher, tokenizer, validation)[0],
         "layers": float(config.layers),

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from slimline import artifact, hf, training
 from slimline.errors import ConfigError
-from slimline.technique import BaseConfig, Metrics, Stored, track
+from slimline.technique import Metrics, Stored, track
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 NEEDS = GIVES = "hf"
 
 
-class Config(BaseConfig):
+class Config(training.Imitation):
     """Options of prune.heads."""
 
     data: Stored = Field(description="data set: calibration split to measure on, train split to recover on")
@@ -42,20 +42,6 @@ class Config(BaseConfig):
     )
     multiple: int = Field(32, gt=0, description="neurons are kept in groups of so many, which kernels like")
     epochs: int = Field(1, ge=0, le=1000, description="how often the train split is read to recover")
-    batch_size: int = Field(32, gt=0, description="texts in a step")
-    learning_rate: float = Field(1e-4, gt=0, lt=1, description="the highest rate, after warm-up")
-    warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps in which the rate rises")
-    weight_decay: float = Field(0.01, ge=0, lt=1, description="pull of every matrix towards zero")
-    temperature: float = Field(2.0, gt=0, le=100, description="softens both answers before they are compared")
-    mixing: float = Field(0.9, ge=0, le=1, description="weight of the teacher's answers against the labels'")
-    hide: float = Field(
-        0.1, ge=0, lt=1, description="fraction of words that the student does not see, but the teacher saw"
-    )
-    dropout: float = Field(0.0, ge=0, lt=1, description="of the student's states; hiding words does more in less time")
-    freeze_embeddings: bool = Field(
-        False, description="leave the embeddings as they are, which saves a tenth of the time"
-    )
-    seed: int = Field(0, ge=0, description="of the order of batches and dropout")
 
 
 def run(source: Path, out: Path, config: Config) -> Metrics:
@@ -205,5 +191,4 @@ def recover(
     def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], rows: list[int]) -> torch.Tensor:
         return imitation(model(**training.hide(batch, config.hide, tokenizer.mask)).logits, rows)
 
-    plan = training.Plan.of(config)
-    return training.fit(model, tokenizer, train, validation, plan, loss, "recovering")
+    return training.fit(model, tokenizer, train, validation, config, loss, "recovering")

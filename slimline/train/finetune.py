@@ -12,26 +12,17 @@ from pathlib import Path
 from pydantic import Field
 
 from slimline import data, hf, training
-from slimline.technique import BaseConfig, Metrics, Stored
+from slimline.technique import Metrics, Stored
 
 NEEDS = GIVES = "hf"
 
 
-class Config(BaseConfig):
+class Config(training.Training):
     """Options of train.finetune."""
 
     data: Stored = Field(description="data set: its train split is learned, its validation split chooses the epoch")
-    epochs: int = Field(2, gt=0, le=1000, description="how often the train split is read")
-    batch_size: int = Field(32, gt=0, description="texts in a step")
     learning_rate: float = Field(5e-5, gt=0, lt=1, description="the highest rate, after warm-up")
-    warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps in which the rate rises")
-    weight_decay: float = Field(0.01, ge=0, lt=1, description="pull of every matrix towards zero")
     max_length_tokens: int = Field(128, gt=2, le=8192, description="texts are cut here, now and when served")
-    dropout: float = Field(0.1, ge=0, lt=1, description="fraction of every state that a step does not see")
-    freeze_embeddings: bool = Field(
-        False, description="leave the embeddings as they are, which saves a tenth of the time"
-    )
-    seed: int = Field(0, ge=0, description="of the head, the order of batches and dropout")
 
 
 def run(source: Path, out: Path, config: Config) -> Metrics:
@@ -42,7 +33,6 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     model.config.slimline_max_length = limit  # type: ignore[union-attr]
     tokenizer = hf.tokenizer(source, limit)
     train, validation = (training.read(Path(config.data), name, tokenizer, labels) for name in ("train", "validation"))
-    plan = training.Plan.of(config)
     import torch
 
     targets_B = torch.from_numpy(train.targets)
@@ -51,6 +41,6 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
         logits_BL = model(**batch).logits
         return torch.nn.functional.cross_entropy(logits_BL.float(), targets_B[rows].to(logits_BL.device))
 
-    metrics = training.fit(model, tokenizer, train, validation, plan, loss, "training")
+    metrics = training.fit(model, tokenizer, train, validation, config, loss, "training")
     hf.save(model, source, out)
     return metrics
