@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from slimline import artifact, hf, technique
+from slimline import artifact, hf, imitation, technique
 from slimline.distill import logits
 from slimline.errors import ConfigError
 from tests.tiny import KINDS, make_tiny, seal_tiny
@@ -69,3 +69,16 @@ def test_distilling_repeats_itself_and_leaves_the_teacher_alone(tmp_path, tiny_b
     distilled(tiny_bert, tmp_path / "b", tiny_data, layers=2)
     assert artifact.digest(tmp_path / "a") == artifact.digest(tmp_path / "b")
     assert artifact.digest(tiny_bert) == before
+
+
+def test_states_are_no_distance_from_themselves_and_padding_does_not_count(tmp_path, tiny_bert):
+    model, tokenizer = hf.load(tiny_bert), hf.tokenizer(tiny_bert, 64)
+    batch = hf.tensors(tokenizer.encode(["a fine film", "dull and very very long and cold"]), model)
+    with torch.no_grad(), hf.first_token_only(model):
+        states = model(**batch, output_hidden_states=True).hidden_states
+    assert imitation.apart(model, batch, states, range(3)) == 0
+    moved = [states[0]]
+    for state in states[1:]:
+        real = batch["attention_mask"][:, : state.shape[1]].bool()
+        moved.append(torch.where(real.unsqueeze(-1), state + 2, state + 1000))
+    assert float(imitation.apart(model, batch, tuple(moved), range(3))) == pytest.approx(4, rel=1e-4)

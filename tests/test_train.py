@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from slimline import artifact, hf, technique, training
+from slimline import artifact, hf, imitation, technique, training
 from slimline.errors import DataError, ModelError
 from slimline.train import finetune
 from tests.tiny import KINDS, LABELS, make_tiny
@@ -126,16 +126,16 @@ def test_hiding_spares_first_and_last_tokens_and_padding():
     ids = torch.arange(1, 13).reshape(2, 6)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
     batch = {"input_ids": ids, "attention_mask": mask}
-    hidden = training.hide(batch, 0.999999, 99)["input_ids"]
+    hidden = imitation.hide(batch, 0.999999, 99)["input_ids"]
     assert hidden.tolist() == [[1, 99, 99, 99, 99, 6], [7, 99, 99, 10, 11, 12]]
-    assert training.hide(batch, 0.0, 99)["input_ids"] is ids
+    assert imitation.hide(batch, 0.0, 99)["input_ids"] is ids
 
 
 def test_imitation_is_hintons_formula():
     split = training.Split(["a"], np.array([1]), [3])
     teacher = np.array([[2.0, 0.0]], dtype=np.float32)
     mine = torch.tensor([[0.0, 0.0]])
-    value = float(training.imitate(teacher, split, 2.0, 0.75)(mine, [0]))
+    value = float(imitation.imitate(teacher, split, 2.0, 0.75)(mine, [0]))
     p = np.exp([1.0, 0.0]) / np.exp([1.0, 0.0]).sum()
     kl = float((p * (np.log(p) - np.log(0.5))).sum())
     assert value == pytest.approx(0.75 * 4 * kl + 0.25 * np.log(2), rel=1e-6)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from slimline import artifact, hf, training
+from slimline import artifact, hf, imitation, training
 from slimline.errors import ConfigError
 from slimline.technique import Metrics, Stored
 
@@ -25,13 +25,12 @@ if TYPE_CHECKING:
 NEEDS = GIVES = "hf"
 
 
-class Config(training.Imitation):
+class Config(imitation.Imitation):
     """Options of distill.logits."""
 
     data: Stored = Field(description="data set: its train split is learned, its validation split chooses the epoch")
     layers: int = Field(3, gt=0, description="layers of the teacher that the student keeps")
     epochs: int = Field(3, gt=0, le=1000, description="how often the train split is read")
-    hidden: float = Field(0.0, ge=0, description="weight of following the teacher's states, layer by layer")
 
 
 def run(source: Path, out: Path, config: Config) -> Metrics:
@@ -42,14 +41,16 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     keep_layers(student, kept)
     tokenizer = hf.tokenizer(source, hf.max_length(source))
     train, validation = (training.read(Path(config.data), name, tokenizer, labels) for name in ("train", "validation"))
-    answers_BL = training.ask(teacher, tokenizer, train)
-    imitation = training.imitate(answers_BL, train, config.temperature, config.mixing)
+    answers_BL = imitation.ask(teacher, tokenizer, train)
+    follow = imitation.imitate(answers_BL, train, config.temperature, config.mixing)
 
     def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], rows: list[int]) -> torch.Tensor:
-        hidden = training.hide(batch, config.hide, tokenizer.mask)
-        answer = model(**hidden, output_hidden_states=config.hidden > 0)
-        value = imitation(answer.logits, rows)
-        return value + config.hidden * apart(teacher, batch, answer.hidden_states, kept) if config.hidden else value
+        seen = imitation.hide(batch, config.hide, tokenizer.mask)
+        answer = model(**seen, output_hidden_states=config.hidden > 0)
+        value = follow(answer.logits, rows)
+        if config.hidden:
+            value = value + config.hidden * imitation.apart(teacher, batch, answer.hidden_states, kept)
+        return value
 
     metrics = training.fit(student, tokenizer, train, validation, config, loss, "distilling")
     metrics |= {
@@ -77,22 +78,3 @@ def keep_layers(model: torch.nn.Module, kept: list[int]) -> None:
     base.set_submodule(hf.layout(model).layers, torch.nn.ModuleList(all_layers[i] for i in kept))
     config: Any = model.config
     config.num_hidden_layers = len(kept)  # distilbert calls it n_layers, and maps this name to it
-
-
-def apart(
-    teacher: torch.nn.Module, batch: dict[str, torch.Tensor], mine: tuple[torch.Tensor, ...], kept: list[int]
-) -> torch.Tensor:
-    """Mean squared distance [B, T, W] of the student's states from those after the layers that it kept.
-
-    The last states are those of the first token, the only one that the head reads.
-    """
-    import torch
-
-    with torch.no_grad(), hf.first_token_only(teacher):
-        states = teacher(**batch, output_hidden_states=True).hidden_states
-    total = torch.zeros((), device=mine[0].device)
-    for state_BTW, layer in zip(mine[1:], kept):
-        real_BT = batch["attention_mask"][:, : state_BTW.shape[1]]
-        far_BT = ((state_BTW - states[layer + 1]) ** 2).mean(dim=-1)
-        total = total + (far_BT * real_BT).sum() / real_BT.sum()
-    return total / len(kept)

@@ -3,7 +3,8 @@
 What a head or neuron is worth is how much the loss would change without it, to first order: |activation * gradient|,
 summed over a text and averaged over the calibration texts (Michel et al., 2019, arXiv 1905.10650; Molchanov et al.,
 2019, arXiv 1906.10771). Every layer loses the same number of heads. The rows and columns go for good, so the model is
-smaller and faster in any runtime. It then learns from a teacher again for a while.
+smaller and faster in any runtime. It then learns from a teacher again for a while; with `hidden` its states also follow
+those that it had when whole.
 
 Shapes: B = texts, T = tokens, W = width, H = heads, D = width of a head, N = neurons, L = labels.
 """
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from slimline import artifact, hf, training
+from slimline import artifact, hf, imitation, training
 from slimline.errors import ConfigError
 from slimline.technique import Metrics, Stored, track
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 NEEDS = GIVES = "hf"
 
 
-class Config(training.Imitation):
+class Config(imitation.Imitation):
     """Options of prune.heads."""
 
     data: Stored = Field(description="data set: calibration split to measure on, train split to recover on")
@@ -60,7 +61,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     cut = training.validate(model, tokenizer, validation)[0]
     metrics: Metrics = {}
     if config.epochs and (heads or neurons):
-        metrics = recover(model, tokenizer, train, validation, config)
+        metrics = recover(model, hf.load(source), tokenizer, train, validation, config)
     hf.save(model, source, out)
     after = sum(p.numel() for p in model.parameters())
     return metrics | {
@@ -174,21 +175,28 @@ def _keep_columns(linear: Any, columns: Sequence[int]) -> None:
 
 def recover(
     model: torch.nn.Module,
+    whole: torch.nn.Module,
     tokenizer: hf.Tokenizer,
     train: training.Split,
     validation: training.Split,
     config: Config,
 ) -> Metrics:
-    """Let the pruned model learn from the teacher again, or from the labels alone."""
+    """Let the pruned model learn from the teacher again, or from the labels alone, and follow its own whole states."""
     answers_BL, mixing = np.zeros((len(train.texts), 1), dtype=np.float32), 0.0
     if config.teacher:
         place = Path(config.teacher)
         teacher, mixing = hf.load(place), config.mixing
         taught_by = hf.tokenizer(place, hf.max_length(place))
-        answers_BL = training.ask(teacher, taught_by, train)
-    imitation = training.imitate(answers_BL, train, config.temperature, mixing)
+        answers_BL = imitation.ask(teacher, taught_by, train)
+    follow = imitation.imitate(answers_BL, train, config.temperature, mixing)
+    every = range(len(hf.layers(model)))
 
     def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], rows: list[int]) -> torch.Tensor:
-        return imitation(model(**training.hide(batch, config.hide, tokenizer.mask)).logits, rows)
+        seen = imitation.hide(batch, config.hide, tokenizer.mask)
+        answer = model(**seen, output_hidden_states=config.hidden > 0)
+        value = follow(answer.logits, rows)
+        if config.hidden:
+            value = value + config.hidden * imitation.apart(whole, batch, answer.hidden_states, every)
+        return value
 
     return training.fit(model, tokenizer, train, validation, config, loss, "recovering")
