@@ -190,11 +190,13 @@ def test_a_steps_error_is_the_runs_error_and_what_was_finished_stays(world):
 @pytest.mark.slow
 def test_a_run_killed_in_the_middle_goes_on_where_it_was(world):
     arguments = ["run", "optimize", "-f", "recipe.yaml", "--set", "name=killed", "--set", "distill_epochs=12"]
-    process = subprocess.Popen([*CLI, *arguments], cwd=world["folder"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*CLI, *arguments], cwd=world["folder"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     for line in process.stderr:  # until distillation is at work
         if "distill.logits ..." in line:
             break
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)  # the step too: one that outlived its run would still finish its work
     process.wait()
     done = cli(world, *arguments)
     assert done.returncode == 0, done.stderr
