@@ -32,7 +32,7 @@ run: $(VENV)/run.stamp ## Install what is locked and run the example: a model in
 	$(BIN)/slimline run optimize -f $(RECIPE)
 
 test: $(VENV)/dev.stamp ## Run the whole test suite, with coverage of the library
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(TESTS)
 
 lint: $(VENV)/dev.stamp ## Check style, types and which module may import which
 	$(BIN)/ruff check .
@@ -44,7 +44,7 @@ ui: $(VENV)/run.stamp ## Show the store in MLflow's own page
 	$(BIN)/slimline ui --port $(PORT)
 
 compile: $(VENV)/run.stamp ## Compile pipelines/*.py into slimline/compiled/*.yaml
-	@for source in $(filter-out pipelines/__init__.py pipelines/submit.py,$(wildcard pipelines/*.py)); do \
+	@for source in $(filter-out pipelines/__init__.py,$(wildcard pipelines/*.py)); do \
 		name=$$(basename $$source .py); \
 		$(BIN)/slimline compile $$source -o slimline/compiled/$$name.yaml || exit; \
 	done

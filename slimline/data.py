@@ -18,7 +18,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from slimline.errors import DataError
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SPLITS = ("train", "calibration", "validation", "test")
+SplitName = Literal["train", "calibration", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 SHARES = (0.60, 0.05, 0.10, 0.25)
 NEEDED = ("text", "label")
 OPTIONAL = ("id", "split")

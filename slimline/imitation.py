@@ -3,15 +3,14 @@
 The teacher answers every text once; the student follows those answers, softened, beside the labels (Hinton et al.,
 2015, arXiv 1503.02531), reads each text with some words hidden, and may follow states layer by layer.
 
-Shapes: B = texts, T = tokens, L = labels, W = width.
+Shapes: N = texts of a split, B = texts of a batch, T = tokens, L = labels, W = width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import Field
 
 from slimline import hf, training
@@ -36,10 +35,13 @@ class Imitation(training.Training):
     )
 
 
-def ask(teacher: torch.nn.Module, tokenizer: hf.Tokenizer, split: training.Split) -> hf.Floats:
-    """The teacher's logits [B, L] for every text of the split, in its order."""
+def ask(teacher: torch.nn.Module, tokenizer: hf.Tokenizer, split: training.Split) -> torch.Tensor:
+    """The teacher's logits [N, L] for every text of the split, in its order."""
+    import torch
+
     with hf.first_token_only(teacher):
-        return hf.logits(teacher, tokenizer, split.texts, watch=lambda rows: track(rows, "asking the teacher"))
+        logits_NL = hf.logits(teacher, tokenizer, split.texts, watch=lambda rows: track(rows, "asking the teacher"))
+    return torch.from_numpy(logits_NL)
 
 
 def hide(batch: dict[str, torch.Tensor], fraction: float, mask_id: int) -> dict[str, torch.Tensor]:
@@ -60,41 +62,42 @@ def hide(batch: dict[str, torch.Tensor], fraction: float, mask_id: int) -> dict[
 
 
 def imitate(
-    teacher_BL: np.ndarray[Any, Any], split: training.Split, temperature: float, mixing: float
-) -> Callable[[torch.Tensor, list[int]], torch.Tensor]:
+    mine_BL: torch.Tensor, teacher_BL: torch.Tensor, targets_B: torch.Tensor, config: Imitation
+) -> torch.Tensor:
     """The loss mixing * T^2 * KL(teacher || student) + (1 - mixing) * cross-entropy (Hinton, arXiv 1503.02531)."""
-    import torch
     from torch.nn import functional
 
-    soft_BL = torch.log_softmax(torch.from_numpy(teacher_BL) / temperature, dim=1)
-    targets_B = torch.from_numpy(split.targets)
-
-    def loss(logits_BL: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        place = logits_BL.device
-        if mixing == 0:
-            return functional.cross_entropy(logits_BL.float(), targets_B[rows].to(place))
-        mine_BL = torch.log_softmax(logits_BL.float() / temperature, dim=1)
-        apart = functional.kl_div(mine_BL, soft_BL[rows].to(place), log_target=True, reduction="batchmean")
-        plain = functional.cross_entropy(logits_BL.float(), targets_B[rows].to(place))
-        return mixing * temperature**2 * apart + (1 - mixing) * plain
-
-    return loss
+    mine_BL, place = mine_BL.float(), mine_BL.device
+    plain = functional.cross_entropy(mine_BL, targets_B.to(place))
+    soft_BL = functional.log_softmax(teacher_BL.float().to(place) / config.temperature, dim=1)
+    mine_BL = functional.log_softmax(mine_BL / config.temperature, dim=1)
+    far = functional.kl_div(mine_BL, soft_BL, log_target=True, reduction="batchmean")
+    return config.mixing * config.temperature**2 * far + (1 - config.mixing) * plain
 
 
-def apart(
-    teacher: torch.nn.Module, batch: dict[str, torch.Tensor], mine: tuple[torch.Tensor, ...], kept: Sequence[int]
-) -> torch.Tensor:
-    """Mean squared distance of the student's states, each [B, T, W], from those after the teacher's layers `kept`.
+def show(teacher: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Any:
+    """What the teacher makes of a batch: `logits` [B, L] and `hidden_states`, [B, T, W] before and after each layer.
 
-    The last are those of the first token, the only one that the head reads (Jiao et al., 2020, arXiv 1909.10351).
+    The last is of the first token, the only one that the head reads.
     """
     import torch
 
     with torch.no_grad(), hf.first_token_only(teacher):
-        states = teacher(**batch, output_hidden_states=True).hidden_states
+        return teacher(**batch, output_hidden_states=True)
+
+
+def apart(
+    mine: Sequence[torch.Tensor], shown: Sequence[torch.Tensor], mask_BT: torch.Tensor, kept: Sequence[int]
+) -> torch.Tensor:
+    """Mean squared distance of the student's states, each [B, T, W], from those after the teacher's layers `kept`.
+
+    Padding does not count (Jiao et al., 2020, arXiv 1909.10351).
+    """
+    import torch
+
     total = torch.zeros((), device=mine[0].device)
     for state_BTW, layer in zip(mine[1:], kept):
-        real_BT = batch["attention_mask"][:, : state_BTW.shape[1]]
-        far_BT = ((state_BTW - states[layer + 1]) ** 2).mean(dim=-1)
+        real_BT = mask_BT[:, : state_BTW.shape[1]]
+        far_BT = ((state_BTW - shown[layer + 1]) ** 2).mean(dim=-1)
         total = total + (far_BT * real_BT).sum() / real_BT.sum()
     return total / len(kept)

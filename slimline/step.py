@@ -12,7 +12,6 @@ import errno
 import hashlib
 import importlib.util
 import json
-import resource
 import shutil
 import signal
 import tempfile
@@ -24,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slimline import allowlist, artifact, progress, store, technique
+from slimline import allowlist, artifact, probe, progress, store, technique
 from slimline.artifact import Manifest, Stage
 from slimline.errors import ConfigError, ModelError, SlimlineError, StoreError
 from slimline.fetch import local
@@ -162,7 +161,7 @@ def _seal(
         seed=int(getattr(config, "seed", 0)),
         code=code,
         seconds=cost,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=probe.peak_memory_bytes(),
     )
     return artifact.seal(
         out, format=made.format, task=made.task, labels=made.labels, base=made.base,
@@ -284,16 +283,6 @@ def _disk_full(error: BaseException | None) -> StoreError | None:
             return StoreError(f"the disk is full ({free}). Make room, or set TMPDIR and SLIMLINE_STORE elsewhere.")
         error = error.__cause__ or error.__context__
     return None
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process ever held. On Linux its own mark: ru_maxrss starts at a parent's."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _reusable(key: str) -> str | None:

@@ -74,11 +74,10 @@ def test_distilling_repeats_itself_and_leaves_the_teacher_alone(tmp_path, tiny_b
 def test_states_are_no_distance_from_themselves_and_padding_does_not_count(tmp_path, tiny_bert):
     model, tokenizer = hf.load(tiny_bert), hf.tokenizer(tiny_bert, 64)
     batch = hf.tensors(tokenizer.encode(["a fine film", "dull and very very long and cold"]), model)
-    with torch.no_grad(), hf.first_token_only(model):
-        states = model(**batch, output_hidden_states=True).hidden_states
-    assert imitation.apart(model, batch, states, range(3)) == 0
+    states, mask = imitation.show(model, batch).hidden_states, batch["attention_mask"]
+    assert imitation.apart(states, states, mask, range(3)) == 0
     moved = [states[0]]
     for state in states[1:]:
-        real = batch["attention_mask"][:, : state.shape[1]].bool()
+        real = mask[:, : state.shape[1]].bool()
         moved.append(torch.where(real.unsqueeze(-1), state + 2, state + 1000))
-    assert float(imitation.apart(model, batch, tuple(moved), range(3))) == pytest.approx(4, rel=1e-4)
+    assert float(imitation.apart(moved, states, mask, range(3))) == pytest.approx(4, rel=1e-4)

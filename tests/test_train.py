@@ -132,10 +132,9 @@ def test_hiding_spares_first_and_last_tokens_and_padding():
 
 
 def test_imitation_is_hintons_formula():
-    split = training.Split(["a"], np.array([1]), [3])
-    teacher = np.array([[2.0, 0.0]], dtype=np.float32)
-    mine = torch.tensor([[0.0, 0.0]])
-    value = float(imitation.imitate(teacher, split, 2.0, 0.75)(mine, [0]))
+    config = imitation.Imitation(temperature=2, mixing=0.75)
+    mine, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
+    value = float(imitation.imitate(mine, teacher, torch.tensor([1]), config))
     p = np.exp([1.0, 0.0]) / np.exp([1.0, 0.0]).sum()
     kl = float((p * (np.log(p) - np.log(0.5))).sum())
     assert value == pytest.approx(0.75 * 4 * kl + 0.25 * np.log(2), rel=1e-6)

@@ -2,8 +2,8 @@
 
 The student starts as a copy of the teacher with evenly spaced layers (Sanh et al., 2019, arXiv 1910.01108) and learns
 from the teacher's softened answers beside the labels (Hinton et al., 2015, arXiv 1503.02531). The teacher answers the
-train split once. With `hidden` the student's states also follow those of the teacher's layers that it stands in for
-(Jiao et al., 2020, arXiv 1909.10351); the teacher then runs beside it.
+train split once. With `hidden` it answers as the student learns, whose states then also follow those of the teacher's
+layers that it stands in for (Jiao et al., 2020, arXiv 1909.10351).
 
 Shapes: B = texts, T = tokens, L = labels, W = width.
 """
@@ -35,22 +35,25 @@ class Config(imitation.Imitation):
 
 def run(source: Path, out: Path, config: Config) -> Metrics:
     """Make a student of the teacher in `source`, train it and write it to `out`."""
+    import torch
+
     labels = artifact.read(source).labels
     teacher, student = hf.load(source), hf.load(source)
     kept = evenly(len(hf.layers(teacher)), config.layers)
     keep_layers(student, kept)
     tokenizer = hf.tokenizer(source, hf.max_length(source))
     train, validation = (training.read(Path(config.data), name, tokenizer, labels) for name in ("train", "validation"))
-    answers_BL = imitation.ask(teacher, tokenizer, train)
-    follow = imitation.imitate(answers_BL, train, config.temperature, config.mixing)
+    targets_N = torch.from_numpy(train.targets)
+    answers_NL = torch.empty(0) if config.hidden else imitation.ask(teacher, tokenizer, train)
 
     def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], rows: list[int]) -> torch.Tensor:
-        seen = imitation.hide(batch, config.hide, tokenizer.mask)
-        answer = model(**seen, output_hidden_states=config.hidden > 0)
-        value = follow(answer.logits, rows)
-        if config.hidden:
-            value = value + config.hidden * imitation.apart(teacher, batch, answer.hidden_states, kept)
-        return value
+        mine = model(**imitation.hide(batch, config.hide, tokenizer.mask), output_hidden_states=config.hidden > 0)
+        if not config.hidden:
+            return imitation.imitate(mine.logits, answers_NL[rows], targets_N[rows], config)
+        shown = imitation.show(teacher, batch)
+        value = imitation.imitate(mine.logits, shown.logits, targets_N[rows], config)
+        far = imitation.apart(mine.hidden_states, shown.hidden_states, batch["attention_mask"], kept)
+        return value + config.hidden * far
 
     metrics = training.fit(student, tokenizer, train, validation, config, loss, "distilling")
     metrics |= {

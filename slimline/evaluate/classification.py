@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from slimline import data, serve
-from slimline.data import SPLITS
+from slimline.data import SplitName
 from slimline.errors import DataError, ModelError
 from slimline.technique import BaseConfig, Metrics, Stored, track
 
@@ -42,15 +42,8 @@ class Config(BaseConfig):
     """What the model is measured on, and what it is compared with."""
 
     data: Stored = Field(description="data set with texts and their true labels")
-    split: str = Field("test", description=f"part of it to answer: {', '.join(SPLITS)}")
+    split: SplitName = Field("test", description="part of it to answer")
     baseline: Stored = Field("", description="evaluation of another model on the same split, to compare with")
-
-    @field_validator("split")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in SPLITS:
-            raise ValueError(f"the splits are {', '.join(SPLITS)}")
-        return value
 
 
 def run(source: Path, out: Path, config: Config) -> Metrics:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import Field
 
 from slimline import artifact, hf, imitation, training
@@ -182,21 +181,25 @@ def recover(
     config: Config,
 ) -> Metrics:
     """Let the pruned model learn from the teacher again, or from the labels alone, and follow its own whole states."""
-    answers_BL, mixing = np.zeros((len(train.texts), 1), dtype=np.float32), 0.0
+    import torch
+
+    targets_N = torch.from_numpy(train.targets)
     if config.teacher:
         place = Path(config.teacher)
-        teacher, mixing = hf.load(place), config.mixing
-        taught_by = hf.tokenizer(place, hf.max_length(place))
-        answers_BL = imitation.ask(teacher, taught_by, train)
-    follow = imitation.imitate(answers_BL, train, config.temperature, mixing)
+        answers_NL = imitation.ask(hf.load(place), hf.tokenizer(place, hf.max_length(place)), train)
+    else:
+        known: Any = whole.config
+        answers_NL = torch.zeros(len(train.texts), known.num_labels)
+        config = config.model_copy(update={"mixing": 0.0})
     every = range(len(hf.layers(model)))
 
     def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], rows: list[int]) -> torch.Tensor:
-        seen = imitation.hide(batch, config.hide, tokenizer.mask)
-        answer = model(**seen, output_hidden_states=config.hidden > 0)
-        value = follow(answer.logits, rows)
-        if config.hidden:
-            value = value + config.hidden * imitation.apart(whole, batch, answer.hidden_states, every)
-        return value
+        mine = model(**imitation.hide(batch, config.hide, tokenizer.mask), output_hidden_states=config.hidden > 0)
+        value = imitation.imitate(mine.logits, answers_NL[rows], targets_N[rows], config)
+        if not config.hidden:
+            return value
+        shown = imitation.show(whole, batch)
+        far = imitation.apart(mine.hidden_states, shown.hidden_states, batch["attention_mask"], every)
+        return value + config.hidden * far
 
     return training.fit(model, tokenizer, train, validation, config, loss, "recovering")
