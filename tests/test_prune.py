@@ -35,7 +35,7 @@ def test_the_worth_of_a_head_is_the_slope_of_the_loss_in_its_mask(tmp_path, tiny
     model, tokenizer = hf.load(tiny_bert), hf.tokenizer(tiny_bert, 64)
     split = training.read(tiny_data, "calibration", tokenizer, LABELS)
     one = training.Split(split.texts[:1], split.targets[:1], split.lengths[:1])
-    worth = heads.measure(model, tokenizer, one)[1][0]
+    worth = heads.measure(model, tokenizer, one)[1][0].worth
     batch = hf.tensors(tokenizer.encode(one.texts), model)
     mixed = hf.layers(model)[1].get_submodule(hf.layout(model).mixed)
     mask = torch.ones(4, requires_grad=True)
@@ -56,16 +56,62 @@ def test_pruning_nothing_is_the_identity(kind, tmp_path, tiny_data):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pruned_model_answers_as_the_whole_one_with_those_parts_masked(kind, tmp_path, tiny_data):
     source = seal_tiny(make_tiny(kind, tmp_path / "model"))
-    pruned(source, tmp_path / "out", tiny_data, heads=0.5, neurons=0.5, spare_last=False)
+    pruned(source, tmp_path / "out", tiny_data, heads=0.5, neurons=0.5, spare_last=False, reconstruct=False)
     model, tokenizer = hf.load(source), hf.tokenizer(source, 64)
     layout = hf.layout(model)
-    worth = heads.measure(model, tokenizer, training.read(tiny_data, "calibration", tokenizer, LABELS))
-    for layer, (head, neuron) in zip(hf.layers(model), worth):
-        stay = torch.zeros(4).index_fill(0, torch.tensor(heads.best(head, 2)), 1.0).repeat_interleave(8)
+    uses = heads.measure(model, tokenizer, training.read(tiny_data, "calibration", tokenizer, LABELS))
+    for layer, (head, neuron) in zip(hf.layers(model), uses):
+        stay = torch.zeros(4).index_fill(0, torch.tensor(heads.best(head.worth, 2)), 1.0).repeat_interleave(8)
         layer.get_submodule(layout.mixed).weight.data *= stay
-        stay = torch.zeros(64).index_fill(0, torch.tensor(heads.best(neuron, 32)), 1.0)
+        stay = torch.zeros(64).index_fill(0, torch.tensor(heads.best(neuron.worth, 32)), 1.0)
         layer.get_submodule(layout.down).weight.data *= stay
     np.testing.assert_allclose(answers(tmp_path / "out"), hf.logits(model, tokenizer, TEXTS), atol=1e-5)
+
+
+def test_folding_is_ridge_regression_and_exact_where_a_channel_repeats_others():
+    torch.manual_seed(0)
+    x = torch.randn(400, 6)
+    x[:, 4], x[:, 5] = 2 * x[:, 0] - x[:, 1], 3.0  # channels that say nothing new
+    grad = torch.randn(400, 2)
+    linear = torch.nn.Linear(6, 3)
+    whole, old = linear(x), linear.weight.data.clone()
+    moments = heads.moments(x.unsqueeze(0), grad.unsqueeze(0))
+    weight = (grad**2).sum(dim=1).numpy()
+    ones = np.concatenate([x.numpy(), np.ones((400, 1), np.float32)], axis=1)
+    np.testing.assert_allclose(moments, (ones * weight[:, None]).T @ ones, rtol=1e-4, atol=1e-3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heads, "RIDGE", 1e-9)
+        heads.fold(linear, [0, 1, 2, 3], moments)
+    kept = x[:, :4] @ linear.weight[:, :4].T + linear.bias
+    torch.testing.assert_close(kept, whole, rtol=1e-3, atol=1e-3)
+    stiff = torch.nn.Linear(6, 3)
+    stiff.weight.data.copy_(old)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heads, "RIDGE", 1e9)
+        heads.fold(stiff, [0, 1, 2, 3], moments)
+    torch.testing.assert_close(stiff.weight.data, old)  # a pull that strong leaves the weights alone
+
+
+def test_folding_ignores_what_the_loss_does_not_depend_on():
+    x, grad = torch.randn(2, 5, 4), torch.randn(2, 5, 3)
+    grad[0, 3:] = 0  # padding
+    moved = x.clone()
+    moved[0, 3:] = 1e6
+    torch.testing.assert_close(heads.moments(x, grad), heads.moments(moved, grad))
+    linear = torch.nn.Linear(4, 3)
+    before = linear.weight.data.clone()
+    heads.fold(linear, [0, 2], heads.moments(x, torch.zeros(2, 5, 3)))
+    assert torch.equal(linear.weight.data, before)
+
+
+def test_a_model_reconstructed_is_nearer_to_the_whole_one(tmp_path, tiny_bert, tiny_data):
+    whole = answers(tiny_bert)
+    far = {}
+    for reconstruct in (False, True):
+        out = tmp_path / str(reconstruct)
+        pruned(tiny_bert, out, tiny_data, heads=0.5, neurons=0.5, reconstruct=reconstruct)
+        far[reconstruct] = np.abs(answers(out) - whole).mean()
+    assert far[True] < 0.8 * far[False]
 
 
 def test_every_layer_loses_the_same_heads_and_the_last_keeps_its_neurons(tmp_path, tiny_bert, tiny_data):

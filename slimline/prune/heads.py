@@ -3,17 +3,18 @@
 What a head or neuron is worth is how much the loss would change without it, to first order: |activation * gradient|,
 summed over a text and averaged over the calibration texts (Michel et al., 2019, arXiv 1905.10650; Molchanov et al.,
 2019, arXiv 1906.10771). Every layer loses the same number of heads. The rows and columns go for good, so the model is
-smaller and faster in any runtime. It then learns from a teacher again for a while; with `hidden` its states also follow
-those that it had when whole.
+smaller and faster in any runtime. What the lost channels gave is folded into those that stay, by least squares (Luo et
+al., 2017, arXiv 1707.06342; Kwon et al., 2022, arXiv 2204.09656). It then learns from a teacher again for a while; with
+`hidden` its states also follow those that it had when whole.
 
-Shapes: B = texts, T = tokens, W = width, H = heads, D = width of a head, N = neurons, L = labels.
+Shapes: B = texts, T = tokens, C = channels, W = width, H = heads, N = neurons, L = labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
@@ -24,10 +25,18 @@ from slimline.technique import Metrics, Stored, track
 if TYPE_CHECKING:
     import torch
 
-    Worth = list[tuple[torch.Tensor, torch.Tensor]]
-    """Per layer: what each head [H] and each neuron [N] is worth."""
-
 NEEDS = GIVES = "hf"
+RIDGE = 0.1
+"""Pull of the folded weights towards the old ones, beside the mean square of a channel."""
+
+
+class Use(NamedTuple):
+    """How a layer's map out of its heads, or out of its neurons, uses its C input channels."""
+
+    worth: torch.Tensor
+    """Of each head [H] or neuron [N]."""
+    moments: torch.Tensor
+    """[C + 1, C + 1]: products of two channels, the last a constant one, each token weighed by how much it matters."""
 
 
 class Config(imitation.Imitation):
@@ -40,6 +49,7 @@ class Config(imitation.Imitation):
     spare_last: bool = Field(
         True, description="keep the last layer's neurons: after export they work on one token of each text alone"
     )
+    reconstruct: bool = Field(True, description="fold what went into what stays, so that layers answer as before")
     multiple: int = Field(32, gt=0, description="neurons are kept in groups of so many, which kernels like")
     epochs: int = Field(1, ge=0, le=1000, description="how often the train split is read to recover")
 
@@ -55,8 +65,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
         training.read(place, name, tokenizer, labels) for name in ("calibration", "train", "validation")
     )
     whole = training.validate(model, tokenizer, validation)[0]
-    worth = measure(model, tokenizer, calibration)
-    heads, neurons = remove(model, worth, config)
+    heads, neurons = remove(model, measure(model, tokenizer, calibration), config)
     cut = training.validate(model, tokenizer, validation)[0]
     metrics: Metrics = {}
     if config.epochs and (heads or neurons):
@@ -73,27 +82,24 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     }
 
 
-def measure(model: torch.nn.Module, tokenizer: hf.Tokenizer, split: training.Split) -> Worth:
-    """What every head and neuron is worth on these texts. Leaves the weights and their gradients alone."""
+def measure(model: torch.nn.Module, tokenizer: hf.Tokenizer, split: training.Split) -> list[tuple[Use, Use]]:
+    """How every layer uses its heads and its neurons on these texts. Leaves the weights and their gradients alone."""
     import torch
 
     layout, width = hf.layout(model), hf.head_width(model)
-    layers = list(hf.layers(model))
-    seen: dict[tuple[int, str], torch.Tensor] = {}
+    places = [(i, name) for i in range(len(hf.layers(model))) for name in (layout.mixed, layout.down)]
+    seen: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def keep(key: tuple[int, str]) -> Any:
-        def hook(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        def hook(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             inputs[0].retain_grad()
-            seen[key] = inputs[0]
+            output.retain_grad()
+            seen[key] = inputs[0], output
 
         return hook
 
-    hooks = [
-        layer.get_submodule(name).register_forward_pre_hook(keep((i, name)))
-        for i, layer in enumerate(layers)
-        for name in (layout.mixed, layout.down)
-    ]
-    totals: dict[tuple[int, str], torch.Tensor] = {}
+    hooks = [hf.layers(model)[i].get_submodule(name).register_forward_hook(keep((i, name))) for i, name in places]
+    uses: dict[tuple[int, str], Use] = {}
     model.eval()
     try:
         for rows in track(list(hf.by_length(split.lengths, 32)), "measuring heads and neurons"):
@@ -101,17 +107,17 @@ def measure(model: torch.nn.Module, tokenizer: hf.Tokenizer, split: training.Spl
             targets_B = torch.from_numpy(split.targets[rows]).to(hf.config_device(model))
             value = torch.nn.functional.cross_entropy(model(**batch).logits, targets_B, reduction="sum")
             value.backward()  # type: ignore[no-untyped-call]
-            for key, x_BTC in seen.items():
-                assert x_BTC.grad is not None
+            for key, (x_BTC, y_BTW) in seen.items():
+                assert x_BTC.grad is not None and y_BTW.grad is not None
                 group = width if key[1] == layout.mixed else 1
-                found = taylor(x_BTC.detach(), x_BTC.grad, group)
-                totals[key] = totals[key] + found if key in totals else found
+                found = Use(taylor(x_BTC.detach(), x_BTC.grad, group), moments(x_BTC.detach(), y_BTW.grad))
+                uses[key] = Use(*map(torch.add, uses[key], found)) if key in uses else found
             model.zero_grad(set_to_none=True)
     finally:
         for hook in hooks:
             hook.remove()
-    count = len(split.texts)
-    return [(totals[i, layout.mixed] / count, totals[i, layout.down] / count) for i in range(len(layers))]
+    each = [Use(*(total / len(split.texts) for total in uses[key])) for key in places]
+    return list(zip(each[::2], each[1::2]))
 
 
 def taylor(x_BTC: torch.Tensor, grad_BTC: torch.Tensor, group: int) -> torch.Tensor:
@@ -120,25 +126,43 @@ def taylor(x_BTC: torch.Tensor, grad_BTC: torch.Tensor, group: int) -> torch.Ten
     return change_BC.reshape(len(change_BC), -1, group).sum(dim=2).abs().sum(dim=0)
 
 
-def remove(model: torch.nn.Module, worth: Worth, config: Config) -> tuple[int, int]:
+def moments(x_BTC: torch.Tensor, grad_BTW: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of |gradient of what comes out|^2 [1, x] [1, x]': [C + 1, C + 1].
+
+    A token that the loss does not depend on, such as padding, has no gradient and so no weight.
+    """
+    import torch
+
+    x_XC = torch.nn.functional.pad(x_BTC.flatten(0, 1), (0, 1), value=1.0)
+    weight_X1 = (grad_BTW.flatten(0, 1) ** 2).sum(dim=1, keepdim=True)
+    return (x_XC * weight_X1).T @ x_XC
+
+
+def remove(model: torch.nn.Module, uses: list[tuple[Use, Use]], config: Config) -> tuple[int, int]:
     """Cut the least worthy heads and neurons out of every layer, in place. Returns how many of each went."""
     layout, width = hf.layout(model), hf.head_width(model)
     gone_heads = gone_neurons = 0
     layers = list(hf.layers(model))
-    for i, (layer, (heads_H, neurons_N)) in enumerate(zip(layers, worth)):
-        keep_heads = best(heads_H, kept(len(heads_H), config.heads, 1))
+    for i, (layer, (heads, neurons)) in enumerate(zip(layers, uses)):
+        mixed, down = layer.get_submodule(layout.mixed), layer.get_submodule(layout.down)
+        have_heads, have_neurons = len(heads.worth), len(neurons.worth)
+        keep_heads = best(heads.worth, kept(have_heads, config.heads, 1))
         spared = config.spare_last and i == len(layers) - 1
-        keep_neurons = best(neurons_N, kept(len(neurons_N), 0 if spared else config.neurons, config.multiple))
+        keep_neurons = best(neurons.worth, kept(have_neurons, 0 if spared else config.neurons, config.multiple))
         channels = [head * width + d for head in keep_heads for d in range(width)]
-        if len(keep_heads) < len(heads_H):
+        if len(keep_heads) < have_heads:
             for name in (layout.query, layout.key, layout.value):
                 _keep_rows(layer.get_submodule(name), channels)
-            _keep_columns(layer.get_submodule(layout.mixed), channels)
-        if len(keep_neurons) < len(neurons_N):
+            if config.reconstruct:
+                fold(mixed, channels, heads.moments)
+            _keep_columns(mixed, channels)
+        if len(keep_neurons) < have_neurons:
             _keep_rows(layer.get_submodule(layout.up), keep_neurons)
-            _keep_columns(layer.get_submodule(layout.down), keep_neurons)
-        gone_heads += len(heads_H) - len(keep_heads)
-        gone_neurons += len(neurons_N) - len(keep_neurons)
+            if config.reconstruct:
+                fold(down, keep_neurons, neurons.moments)
+            _keep_columns(down, keep_neurons)
+        gone_heads += have_heads - len(keep_heads)
+        gone_neurons += have_neurons - len(keep_neurons)
     return gone_heads, gone_neurons
 
 
@@ -159,6 +183,24 @@ def best(worth: torch.Tensor, count: int) -> list[int]:
 
     order = torch.argsort(worth, descending=True, stable=True)[:count]
     return sorted(int(i) for i in order)
+
+
+def fold(linear: Any, columns: Sequence[int], moments: torch.Tensor) -> None:
+    """Change the weights of these columns, and the bias, so that they alone answer as all columns did.
+
+    Ridge regression on the moments: of V that uses the columns K alone, the least |(W - V) x|^2 + r |V - W|^2.
+    """
+    import torch
+
+    old = torch.cat([linear.weight.data, linear.bias.data.unsqueeze(1)], dim=1).double()
+    stay = [*columns, old.shape[1] - 1]
+    ridge = RIDGE * moments.diagonal()[stay].double().mean()
+    if ridge == 0:  # nothing depends on this layer
+        return
+    pulled = moments.double() + ridge * torch.eye(len(moments), dtype=torch.float64, device=moments.device)
+    new = torch.linalg.solve(pulled[stay][:, stay], (old @ pulled[:, stay]).T).T
+    linear.weight.data[:, list(columns)] = new[:, :-1].to(linear.weight.dtype)
+    linear.bias.data = new[:, -1].to(linear.bias.dtype)
 
 
 def _keep_rows(linear: Any, rows: Sequence[int]) -> None:
