@@ -56,14 +56,18 @@ def test_pruning_nothing_is_the_identity(kind, tmp_path, tiny_data):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pruned_model_answers_as_the_whole_one_with_those_parts_masked(kind, tmp_path, tiny_data):
     source = seal_tiny(make_tiny(kind, tmp_path / "model"))
-    pruned(source, tmp_path / "out", tiny_data, heads=0.5, neurons=0.5, spare_last=False, reconstruct=False)
+    pruned(source, tmp_path / "out", tiny_data, heads=0.5, neurons=0.5, spare_last=False, reconstruct=False, even=True)
     model, tokenizer = hf.load(source), hf.tokenizer(source, 64)
     layout = hf.layout(model)
     uses = heads.measure(model, tokenizer, training.read(tiny_data, "calibration", tokenizer, LABELS))
     for layer, (head, neuron) in zip(hf.layers(model), uses):
-        stay = torch.zeros(4).index_fill(0, torch.tensor(heads.best(head.worth, 2)), 1.0).repeat_interleave(8)
+        stay = (
+            torch.zeros(4)
+            .index_fill(0, torch.tensor(heads.stay([head.worth], 0.5, 1, True)[0]), 1.0)
+            .repeat_interleave(8)
+        )
         layer.get_submodule(layout.mixed).weight.data *= stay
-        stay = torch.zeros(64).index_fill(0, torch.tensor(heads.best(neuron.worth, 32)), 1.0)
+        stay = torch.zeros(64).index_fill(0, torch.tensor(heads.stay([neuron.worth], 0.5, 8, True)[0]), 1.0)
         layer.get_submodule(layout.down).weight.data *= stay
     np.testing.assert_allclose(answers(tmp_path / "out"), hf.logits(model, tokenizer, TEXTS), atol=1e-5)
 
@@ -114,8 +118,8 @@ def test_a_model_reconstructed_is_nearer_to_the_whole_one(tmp_path, tiny_bert, t
     assert far[True] < 0.8 * far[False]
 
 
-def test_every_layer_loses_the_same_heads_and_the_last_keeps_its_neurons(tmp_path, tiny_bert, tiny_data):
-    metrics = pruned(tiny_bert, tmp_path / "out", tiny_data, heads=0.5, neurons=0.75)
+def test_even_layers_lose_the_same_heads_and_the_last_keeps_its_neurons(tmp_path, tiny_bert, tiny_data):
+    metrics = pruned(tiny_bert, tmp_path / "out", tiny_data, heads=0.5, neurons=0.75, even=True)
     model = hf.load(tmp_path / "out")
     layout = hf.layout(model)
     shapes = [
@@ -128,16 +132,39 @@ def test_every_layer_loses_the_same_heads_and_the_last_keeps_its_neurons(tmp_pat
     assert sizes[1] < sizes[0] - 4 * metrics["parameters_removed"] + 4096
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_matter_less_lose_more_and_the_model_can_be_read_back(kind, tmp_path, tiny_data):
+    source = seal_tiny(make_tiny(kind, tmp_path / "model"))
+    metrics = pruned(source, tmp_path / "out", tiny_data, heads=0.5, neurons=0.75)
+    model = hf.load(tmp_path / "out")
+    layout = hf.layout(model)
+    left = [
+        (len(layer.get_submodule(layout.query).weight) // 8, len(layer.get_submodule(layout.up).weight))
+        for layer in hf.layers(model)
+    ]
+    assert sum(n for n, _ in left) == 6 and min(n for n, _ in left) >= 1
+    assert sum(n for _, n in left[:2]) == 32 and min(n for _, n in left[:2]) >= 8 and left[2][1] == 64
+    assert (metrics["heads_removed"], metrics["neurons_removed"]) == (6, 96)
+    assert np.isfinite(answers(tmp_path / "out")).all()
+
+
 @pytest.mark.parametrize(
     ("have", "drop", "multiple", "left"),
     [(12, 0.5, 1, 6), (1536, 0.66, 32, 512), (12, 0.99, 1, 1), (64, 0.9, 32, 32), (64, 0, 7, 64)],
 )
 def test_how_many_stay_is_the_nearest_multiple_and_never_none(have, drop, multiple, left):
-    assert heads.kept(have, drop, multiple) == left
+    assert [len(kept) for kept in heads.stay([torch.rand(have)] * 2, drop, multiple, True)] == [left, left]
 
 
-def test_the_best_keep_their_order_and_ties_fall_to_the_lower_index():
-    assert heads.best(torch.tensor([1.0, 3.0, 3.0, 0.0, 3.0]), 2) == [1, 2]
+def test_the_most_worthy_stay_in_their_order_and_ties_fall_to_the_lower_index():
+    assert heads.stay([torch.tensor([1.0, 3.0, 3.0, 0.0, 3.0])], 0.6, 1, True) == [[1, 2]]
+
+
+def test_all_layers_are_ranked_together_in_groups_and_none_is_emptied():
+    worths = [torch.tensor([9.0, 8, 7, 6]), torch.tensor([0.0, 5, 0, 5]), torch.tensor([1.0, 1, 1, 1])]
+    assert heads.stay(worths, 0.5, 1, False) == [[0, 1, 2, 3], [1], [0]]
+    assert heads.stay(worths, 0.5, 2, False) == [[0, 1], [1, 3], [0, 1]]
+    assert heads.stay(worths, 0.3, 2, False) == [[0, 1, 2, 3], [1, 3], [0, 1]]
 
 
 def test_a_group_wider_than_a_layer_is_refused(tmp_path, tiny_bert, tiny_data):

@@ -2,10 +2,10 @@
 
 What a head or neuron is worth is how much the loss would change without it, to first order: |activation * gradient|,
 summed over a text and averaged over the calibration texts (Michel et al., 2019, arXiv 1905.10650; Molchanov et al.,
-2019, arXiv 1906.10771). Every layer loses the same number of heads. The rows and columns go for good, so the model is
-smaller and faster in any runtime. What the lost channels gave is folded into those that stay, by least squares (Luo et
-al., 2017, arXiv 1707.06342; Kwon et al., 2022, arXiv 2204.09656). It then learns from a teacher again for a while; with
-`hidden` its states also follow those that it had when whole.
+2019, arXiv 1906.10771). Layers are ranked together: those lose most that matter least. Rows and columns go for good, so
+the model is smaller and faster in any runtime. What the lost channels gave is folded into those that stay, by least
+squares (Luo et al., 2017, arXiv 1707.06342; Kwon et al., 2022, arXiv 2204.09656). It then learns from a teacher again
+for a while; with `hidden` its states also follow those that it had when whole.
 
 Shapes: B = texts, T = tokens, C = channels, W = width, H = heads, N = neurons, L = labels.
 """
@@ -44,8 +44,9 @@ class Config(imitation.Imitation):
 
     data: Stored = Field(description="data set: calibration split to measure on, train split to recover on")
     teacher: Stored = Field("", description="model to learn from again; without one, from the labels alone")
-    heads: float = Field(0.5, ge=0, lt=1, description="fraction of the heads of each layer that goes")
-    neurons: float = Field(0.5, ge=0, lt=1, description="fraction of the feed-forward neurons of a layer that goes")
+    heads: float = Field(0.5, ge=0, lt=1, description="fraction of the heads that goes")
+    neurons: float = Field(0.5, ge=0, lt=1, description="fraction of the feed-forward neurons that goes")
+    even: bool = Field(False, description="take the same fraction of every layer")
     spare_last: bool = Field(
         True, description="keep the last layer's neurons: after export they work on one token of each text alone"
     )
@@ -139,50 +140,52 @@ def moments(x_BTC: torch.Tensor, grad_BTW: torch.Tensor) -> torch.Tensor:
 
 
 def remove(model: torch.nn.Module, uses: list[tuple[Use, Use]], config: Config) -> tuple[int, int]:
-    """Cut the least worthy heads and neurons out of every layer, in place. Returns how many of each went."""
+    """Cut the least worthy heads and neurons out, in place. Returns how many of each went."""
     layout, width = hf.layout(model), hf.head_width(model)
-    gone_heads = gone_neurons = 0
     layers = list(hf.layers(model))
-    for i, (layer, (heads, neurons)) in enumerate(zip(layers, uses)):
-        mixed, down = layer.get_submodule(layout.mixed), layer.get_submodule(layout.down)
-        have_heads, have_neurons = len(heads.worth), len(neurons.worth)
-        keep_heads = best(heads.worth, kept(have_heads, config.heads, 1))
-        spared = config.spare_last and i == len(layers) - 1
-        keep_neurons = best(neurons.worth, kept(have_neurons, 0 if spared else config.neurons, config.multiple))
+    end = len(layers) - config.spare_last
+    heads = stay([use.worth for use, _ in uses], config.heads, 1, config.even)
+    neurons = stay([use.worth for _, use in uses[:end]], config.neurons, config.multiple, config.even)
+    neurons += [list(range(len(use.worth))) for _, use in uses[end:]]
+    for layer, (head_use, neuron_use), keep_heads, keep_neurons in zip(layers, uses, heads, neurons):
         channels = [head * width + d for head in keep_heads for d in range(width)]
-        if len(keep_heads) < have_heads:
-            for name in (layout.query, layout.key, layout.value):
-                _keep_rows(layer.get_submodule(name), channels)
+        for rows, columns, kept, use in (
+            ((layout.query, layout.key, layout.value), layout.mixed, channels, head_use),
+            ((layout.up,), layout.down, keep_neurons, neuron_use),
+        ):
+            out: Any = layer.get_submodule(columns)
+            if len(kept) == out.in_features:
+                continue
+            for name in rows:
+                _keep_rows(layer.get_submodule(name), kept)
             if config.reconstruct:
-                fold(mixed, channels, heads.moments)
-            _keep_columns(mixed, channels)
-        if len(keep_neurons) < have_neurons:
-            _keep_rows(layer.get_submodule(layout.up), keep_neurons)
-            if config.reconstruct:
-                fold(down, keep_neurons, neurons.moments)
-            _keep_columns(down, keep_neurons)
-        gone_heads += have_heads - len(keep_heads)
-        gone_neurons += have_neurons - len(keep_neurons)
-    return gone_heads, gone_neurons
+                fold(out, kept, use.moments)
+            _keep_columns(out, kept)
+    gone_heads = sum(len(use.worth) - len(kept) for (use, _), kept in zip(uses, heads))
+    return gone_heads, sum(len(use.worth) - len(kept) for (_, use), kept in zip(uses, neurons))
 
 
-def kept(have: int, drop: float, multiple: int) -> int:
-    """How many stay: the nearest multiple to what was asked for, at least one group; all if nothing is dropped."""
+def stay(worths: list[torch.Tensor], drop: float, multiple: int, even: bool) -> list[list[int]]:
+    """Per layer, the indexes that stay, in their old order. Ties fall to the lower index and the earlier layer.
+
+    They stay in groups of `multiple`, the most worthy together, of all layers or of each; a layer keeps one at least.
+    """
     if drop == 0:
-        return have
-    if multiple > have:
-        raise ConfigError(
-            f"prune.heads: option 'multiple' is {multiple}, but a layer has {have} neurons. Ask for fewer."
-        )
-    return min(have, max(1, round((1 - drop) * have / multiple)) * multiple)
-
-
-def best(worth: torch.Tensor, count: int) -> list[int]:
-    """Indexes of the most worthy, in their old order; ties fall to the lower index."""
-    import torch
-
-    order = torch.argsort(worth, descending=True, stable=True)[:count]
-    return sorted(int(i) for i in order)
+        return [list(range(len(worth))) for worth in worths]
+    if even and len(worths) > 1:
+        return [kept for worth in worths for kept in stay([worth], drop, multiple, even)]
+    groups = []
+    for layer, worth in enumerate(worths):
+        if multiple > len(worth):
+            raise ConfigError(
+                f"prune.heads: option 'multiple' is {multiple}, but a layer has {len(worth)} neurons. Ask for fewer."
+            )
+        ranked = [int(i) for i in worth.argsort(descending=True, stable=True)]
+        for at in range(0, len(ranked), multiple):
+            group = ranked[at : at + multiple]
+            groups.append((at > 0, -float(worth[group].sum()), layer, group))
+    chosen = sorted(groups)[: max(len(worths), round((1 - drop) * len(groups)))]
+    return [sorted(i for *_, of, group in chosen if of == layer for i in group) for layer in range(len(worths))]
 
 
 def fold(linear: Any, columns: Sequence[int], moments: torch.Tensor) -> None:
