@@ -69,8 +69,8 @@ def optimize(
         distill_epochs: How often the student reads the train split.
         distill_options: What only the distillation method knows.
         prune_method: What is removed. heads, or none.
-        prune_heads: Fraction of the attention heads of each layer that goes.
-        prune_neurons: Fraction of the feed-forward neurons of each layer that goes.
+        prune_heads: Fraction of all attention heads that goes.
+        prune_neurons: Fraction of all feed-forward neurons that goes.
         prune_epochs: How often the pruned model reads the train split to recover.
         prune_options: What only the pruning method knows.
         export_method: What the runtime loads. onnx.
