@@ -28,8 +28,8 @@ def prune(
         model: What was made, for the Kubeflow page.
         metrics: What was measured on the way.
         method: A file in slimline/prune, or none.
-        heads: Fraction of the heads of each layer that goes, 0 to 1.
-        neurons: Fraction of the feed-forward neurons of each layer that goes, 0 to 1.
+        heads: Fraction of all heads that goes, 0 to 1.
+        neurons: Fraction of all feed-forward neurons that goes, 0 to 1.
         epochs: How often the train split is read to recover.
         seed: Of every random choice.
         options: What only this method knows.
