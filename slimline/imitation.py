@@ -35,6 +35,34 @@ class Imitation(training.Training):
     )
 
 
+def lesson(
+    config: Imitation,
+    train: training.Split,
+    mask_id: int,
+    answers_NL: torch.Tensor | None,
+    watched: Any,
+    kept: Sequence[int],
+) -> training.Loss:
+    """The loss of a student who reads with some words hidden, imitates, and with `hidden` follows states as well.
+
+    `watched` shows the states, of its layers `kept`; it also gives the answers where there are none from before.
+    """
+    import torch
+
+    targets_N = torch.from_numpy(train.targets)
+
+    def loss(student: torch.nn.Module, batch: dict[str, torch.Tensor], rows: list[int]) -> torch.Tensor:
+        mine = student(**hide(batch, config.hide, mask_id), output_hidden_states=config.hidden > 0)
+        shown: Any = show(watched, batch) if config.hidden else None
+        answers_BL = shown.logits if answers_NL is None else answers_NL[rows]
+        value = imitate(mine.logits, answers_BL, targets_N[rows], config)
+        if not config.hidden:
+            return value
+        return value + config.hidden * apart(mine.hidden_states, shown.hidden_states, batch["attention_mask"], kept)
+
+    return loss
+
+
 def ask(teacher: torch.nn.Module, tokenizer: hf.Tokenizer, split: training.Split) -> torch.Tensor:
     """The teacher's logits [N, L] for every text of the split, in its order."""
     import torch

@@ -35,26 +35,14 @@ class Config(imitation.Imitation):
 
 def run(source: Path, out: Path, config: Config) -> Metrics:
     """Make a student of the teacher in `source`, train it and write it to `out`."""
-    import torch
-
     labels = artifact.read(source).labels
     teacher, student = hf.load(source), hf.load(source)
     kept = evenly(len(hf.layers(teacher)), config.layers)
     keep_layers(student, kept)
     tokenizer = hf.tokenizer(source, hf.max_length(source))
     train, validation = (training.read(Path(config.data), name, tokenizer, labels) for name in ("train", "validation"))
-    targets_N = torch.from_numpy(train.targets)
-    answers_NL = torch.empty(0) if config.hidden else imitation.ask(teacher, tokenizer, train)
-
-    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], rows: list[int]) -> torch.Tensor:
-        mine = model(**imitation.hide(batch, config.hide, tokenizer.mask), output_hidden_states=config.hidden > 0)
-        if not config.hidden:
-            return imitation.imitate(mine.logits, answers_NL[rows], targets_N[rows], config)
-        shown = imitation.show(teacher, batch)
-        value = imitation.imitate(mine.logits, shown.logits, targets_N[rows], config)
-        far = imitation.apart(mine.hidden_states, shown.hidden_states, batch["attention_mask"], kept)
-        return value + config.hidden * far
-
+    answers_NL = None if config.hidden else imitation.ask(teacher, tokenizer, train)
+    loss = imitation.lesson(config, train, tokenizer.mask, answers_NL, teacher, kept)
     metrics = training.fit(student, tokenizer, train, validation, config, loss, "distilling")
     metrics |= {
         "teacher_validation_accuracy": training.validate(teacher, tokenizer, validation)[0],

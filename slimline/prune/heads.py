@@ -228,7 +228,6 @@ def recover(
     """Let the pruned model learn from the teacher again, or from the labels alone, and follow its own whole states."""
     import torch
 
-    targets_N = torch.from_numpy(train.targets)
     if config.teacher:
         place = Path(config.teacher)
         answers_NL = imitation.ask(hf.load(place), hf.tokenizer(place, hf.max_length(place)), train)
@@ -236,15 +235,5 @@ def recover(
         known: Any = whole.config
         answers_NL = torch.zeros(len(train.texts), known.num_labels)
         config = config.model_copy(update={"mixing": 0.0})
-    every = range(len(hf.layers(model)))
-
-    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], rows: list[int]) -> torch.Tensor:
-        mine = model(**imitation.hide(batch, config.hide, tokenizer.mask), output_hidden_states=config.hidden > 0)
-        value = imitation.imitate(mine.logits, answers_NL[rows], targets_N[rows], config)
-        if not config.hidden:
-            return value
-        shown = imitation.show(whole, batch)
-        far = imitation.apart(mine.hidden_states, shown.hidden_states, batch["attention_mask"], every)
-        return value + config.hidden * far
-
+    loss = imitation.lesson(config, train, tokenizer.mask, answers_NL, whole, range(len(hf.layers(model))))
     return training.fit(model, tokenizer, train, validation, config, loss, "recovering")
