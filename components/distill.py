@@ -5,7 +5,7 @@ from kfp import dsl
 from components._port import port
 
 
-@port
+@port("cpu")
 def distill(
     source: str,
     data: str,

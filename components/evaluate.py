@@ -5,7 +5,7 @@ from kfp import dsl
 from components._port import port
 
 
-@port
+@port("cpu")
 def evaluate_quality(
     source: str,
     data: str,
@@ -37,7 +37,7 @@ def evaluate_quality(
     return ref
 
 
-@port
+@port("cpu")
 def evaluate_latency(
     source: str,
     against: list,

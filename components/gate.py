@@ -5,7 +5,7 @@ from kfp import dsl
 from components._port import port
 
 
-@port
+@port("cpu")
 def gate(
     name: str,
     source: str,

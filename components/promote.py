@@ -3,7 +3,7 @@
 from components._port import port
 
 
-@port
+@port("cpu")
 def promote(name: str, version: int, verdict: str) -> str:
     """Make a version the champion if its verdict is PASS and nobody moved the champion meanwhile.
 

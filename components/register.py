@@ -3,7 +3,7 @@
 from components._port import port
 
 
-@port
+@port("cpu")
 def register(name: str, source: str, verdict: str) -> int:
     """Make a version of the candidate in the MLflow registry, once, with its verdict and its history.
 

@@ -5,7 +5,7 @@ from kfp import dsl
 from components._port import port
 
 
-@port
+@port("cpu")
 def report(
     name: str,
     version: int,

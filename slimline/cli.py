@@ -39,6 +39,8 @@ def run(
     pipeline: Annotated[str, typer.Argument(help="A pipeline's name (optimize) or a compiled .yaml file.")],
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Recipe: a YAML file of parameters.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A parameter, as name=value; wins over -f.")] = None,
+    docker: Annotated[bool, typer.Option("--docker", help="Each step in a container of its own image.")] = False,
+    network: Annotated[str | None, typer.Option(help="With --docker: the network that reaches the store.")] = None,
     require_pass: Annotated[bool, typer.Option(help="Exit with 4 unless the verdict is PASS.")] = False,
     json_: AsJson = False,
 ) -> None:
@@ -47,7 +49,7 @@ def run(
 
     values = _merge(recipe.read(file) if file else {}, recipe.assign(set_ or []))
     with View(err) as view:
-        outcome = launch.run(pipeline, values, view.on_event)
+        outcome = launch.run(pipeline, values, view.on_event, place=launch.Place(docker, network))
     summary = outcome.summary
     overhead = outcome.seconds - outcome.technique_seconds
     if json_:

@@ -1,7 +1,8 @@
 """The client side of Kubeflow: compile a pipeline, and run a compiled one here. The only file that imports kfp.
 
 `kfp.local` walks the pipeline; each step runs in a process of its own, forked from one server that has imported the
-slow libraries once. Starting Python and importing torch, MLflow and kfp anew would cost each of twenty steps 6 s.
+slow libraries once. Starting Python and importing torch, MLflow and kfp anew would cost each of twenty steps 6 s. Or it
+runs in a container of its own (containers.py), as on a cluster.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from slimline import errors, gate, recipe, store
+from slimline.containers import Containers, engine, inputs, require_readable
 from slimline.errors import ConfigError, SlimlineError
 
 Event = dict[str, Any]
@@ -43,7 +45,16 @@ class Outcome(NamedTuple):
     summary: Event
 
 
-def run(pipeline: str, values: dict[str, Any], watch: Watcher, command: str | None = None) -> Outcome:
+class Place(NamedTuple):
+    """Where steps run: in processes of this machine, or in containers on a network that reaches the store."""
+
+    containers: bool = False
+    network: str | None = None
+
+
+def run(
+    pipeline: str, values: dict[str, Any], watch: Watcher, command: str | None = None, place: Place = Place()
+) -> Outcome:
     """Run a compiled pipeline on this machine and return what came of it.
 
     The recipe is checked first; then the steps run in order, each reused if it has finished before with equal inputs.
@@ -56,7 +67,10 @@ def run(pipeline: str, values: dict[str, Any], watch: Watcher, command: str | No
         store.check_name(values["name"])
     start = time.monotonic()
     name = str(spec["pipelineInfo"]["name"])
-    _warm_up()
+    if place.containers:
+        require_readable(inputs(values))
+    else:
+        _warm_up()
     store.client()
     run_id = store.start_pipeline(f"{name} {values.get('name', '')}".strip(), name, values, command or _command())
     if "margin" in values:  # the limits are fixed before anything is measured
@@ -71,7 +85,9 @@ def run(pipeline: str, values: dict[str, Any], watch: Watcher, command: str | No
         **os.environ, "SLIMLINE_PARENT_RUN": run_id, "SLIMLINE_PROGRESS": str(events),
         "MLFLOW_TRACKING_URI": store.uri(), "SLIMLINE_STORE": str(store.home()), "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    worker = Worker(log, environment)
+    worker: Worker | Containers = Worker(log, environment)
+    if place.containers:
+        worker = Containers(log, environment, values, spec, place.network)
     status = "FAILED"
     seen: list[Event] = []
 
@@ -87,7 +103,7 @@ def run(pipeline: str, values: dict[str, Any], watch: Watcher, command: str | No
         status = "KILLED"
         raise
     except RuntimeError as error:
-        raise _reason(seen, log, worker.exit_code, error) from None
+        raise worker.failure or _reason(seen, log, worker.exit_code, error) from None
     finally:
         store.end(run_id, status)
     summary = next((event for event in reversed(seen) if event["event"] == "summary"), {})
@@ -116,28 +132,34 @@ def compile(pipeline: str, out: Path) -> None:
         raise ConfigError(f"{pipeline} does not compile: {last}")
 
 
-def _execute(file: Path, values: dict[str, Any], folder: Path, worker: Worker) -> None:
+def _execute(file: Path, values: dict[str, Any], folder: Path, worker: Worker | Containers) -> None:
     try:
         from kfp import components, local
-        from kfp.local import subprocess_task_handler
+        from kfp.local import docker_task_handler, subprocess_task_handler
     except ImportError:
         raise ConfigError("running a pipeline needs kfp. Install it with `pip install 'slimline[launch]'`.") from None
 
-    with worker.log.open("a", encoding="utf-8") as handle, tempfile.TemporaryDirectory(prefix="slimline-") as scratch:
+    runner: Any
+    ready: contextlib.AbstractContextManager[None]
+    if isinstance(worker, Containers):
+        runner, handler, name, ready = local.DockerRunner(), docker_task_handler, "run_docker_container", engine()
+    else:
+        runner = local.SubprocessRunner(use_venv=False)
+        handler, name, ready = subprocess_task_handler, "run_local_subprocess", contextlib.nullcontext()
+    with (
+        ready,
+        worker.log.open("a", encoding="utf-8") as handle,
+        tempfile.TemporaryDirectory(prefix="slimline-", ignore_cleanup_errors=True) as scratch,
+    ):
         worker.scratch = Path(scratch)
-        local.init(
-            local.SubprocessRunner(use_venv=False),
-            pipeline_root=str(folder / "kfp"),
-            workspace_root=scratch,
-            raise_on_error=True,
-        )
-        plain = subprocess_task_handler.run_local_subprocess
-        subprocess_task_handler.run_local_subprocess = worker.run
+        local.init(runner, pipeline_root=str(folder / "kfp"), workspace_root=scratch, raise_on_error=True)
+        plain = getattr(handler, name)
+        setattr(handler, name, worker.run)
         try:
             with contextlib.redirect_stdout(handle), contextlib.redirect_stderr(handle):
                 components.load_component_from_file(str(file))(**values)
         finally:
-            subprocess_task_handler.run_local_subprocess = plain
+            setattr(handler, name, plain)
             worker.stop()
 
 
@@ -153,7 +175,7 @@ class Worker:
 
     def __init__(self, log: Path, environment: dict[str, str]) -> None:
         self.log, self.environment, self.scratch = log, environment, Path(tempfile.gettempdir())
-        self.exit_code = 0
+        self.exit_code, self.failure = 0, None
         self.context = multiprocessing.get_context("forkserver")
         self.process: Any = None
 
