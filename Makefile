@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 RECIPE ?= examples/reviews/recipe.yaml
 TESTS ?=
 PORT ?= 5000
+IMAGES ?= cpu tensorrt mlflow
 
-export PYTHON TORCH TORCH_INDEX
+export PYTHON TORCH TORCH_INDEX BASE ENGINE REGISTRY SOURCE
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -17,7 +18,7 @@ export DO_NOT_TRACK := true
 unexport PYTHONDONTWRITEBYTECODE
 
 help: ## List the targets and settings
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  Settings, as in make run RECIPE=examples/reviews/products.yaml:"
 	@echo "  RECIPE       the pipeline's parameters             ($(RECIPE))"
@@ -27,12 +28,21 @@ help: ## List the targets and settings
 	@echo "  TORCH_INDEX  where the CPU build of torch is       (pip's settings, then download.pytorch.org/whl/cpu)"
 	@echo "  TESTS        more for pytest, as in -m 'not slow'  ()"
 	@echo "  PORT         of make ui                            ($(PORT))"
+	@echo "  IMAGES       which of cpu gpu tensorrt llm mlflow  ($(IMAGES))"
+	@echo "  BASE         their base; debootstrap makes one     (python:3.11-slim-bookworm)"
+	@echo "  REGISTRY     where images are pushed to            ()"
 
 run: $(VENV)/run.stamp ## Install what is locked and run the example: a model in, a promoted smaller one out
 	$(BIN)/slimline run optimize -f $(RECIPE)
 
 test: $(VENV)/dev.stamp ## Run the whole test suite, with coverage of the library
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(TESTS)
+
+images: ## Build the images that steps run in, with Docker or Podman
+	docker/build.sh $(IMAGES)
+
+test-containers: $(VENV)/dev.stamp ## Test the images and whole runs in containers (make images first)
+	$(BIN)/python -m pytest tests/containers $(TESTS)
 
 lint: $(VENV)/dev.stamp ## Check style, types and which module may import which
 	$(BIN)/ruff check .
@@ -68,4 +78,4 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp requirements/dev.txt
 	requirements/install.sh dev
 	@touch $@
 
-.PHONY: help run test lint ui compile lock benchmarks clean
+.PHONY: help run test images test-containers lint ui compile lock benchmarks clean

@@ -46,6 +46,9 @@ fi
 case " ${images[*]} " in *" cpu "* | *" llm "*) fetch_torch ;; esac
 
 entries=()
+if [ -f build/images.json ]; then  # what was built before and is not built now
+    mapfile -t entries < <(sed -n 's/,*$//; /^  "/p' build/images.json | grep -v "$(printf 'slimline-%s:\n' "${images[@]}")")
+fi
 for image in "${images[@]}"; do
     name=slimline-$image
     say "Building $name:$revision on $base."

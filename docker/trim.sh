@@ -1,11 +1,13 @@
 #!/bin/sh
-# Take out of /opt/slimline what nothing uses: tests, headers, copies, symbols; then compile what every step imports.
+# Take out of /opt/slimline what nothing uses: tests, sources in C, copies, symbols; then compile what every step imports.
 # `trim.sh encoders` leaves of transformers' 400 families those that slimline/allowlist.py takes.
 set -eu
 cd /opt/slimline/lib/python3*/site-packages
 find . -type d \( -name tests -o -name test -o -name include \) -prune -exec rm -rf {} +
-# Arrow's network protocol; the C API of ONNX Runtime, of which its Python module has a copy of its own.
-rm -rf pyarrow/*flight* onnxruntime/capi/libonnxruntime.so.* onnx/backend/test
+find . -type f \( -name '*.py[ix]' -o -name '*.px[di]' -o -name '*.h' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' \
+    -o -name '*.a' \) ! -path './torch/*' -delete
+# Arrow's network protocol, SciPy's file formats, what tests are made of; ONNX Runtime's second copy of itself.
+rm -rf pyarrow/*flight* scipy/io sqlalchemy/testing alembic/testing huggingface_hub/cli onnxruntime/capi/libonnxruntime.so.* onnx/backend/test
 for library in pyarrow/libarrow_python*.so.*.*.*; do  # a wheel has no links, so it holds each of these three times
     [ ! -f "$library" ] || ln -sf "$(basename "$library")" "${library%.*.*}"
     [ ! -f "$library" ] || ln -sf "$(basename "$library")" "${library%.so.*}.so"

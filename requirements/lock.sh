@@ -11,4 +11,12 @@ resolve requirements/installer.in -o requirements/installer.txt
 resolve pyproject.toml requirements/needs.in --extra all --excludes requirements/excluded.txt -o requirements/run.txt
 resolve requirements/cpu.in --no-deps -o requirements/cpu.txt
 resolve requirements/cuda.in -c requirements/run.txt -o requirements/cuda.txt
+# What the images hold (docker/Dockerfile): steps, the executor that Kubeflow starts them with, engines, the server.
+resolve pyproject.toml requirements/needs.in requirements/step.in --extra train --extra onnx \
+    --excludes requirements/step-excluded.txt -c requirements/run.txt -o requirements/step.txt
+resolve requirements/executor.in --no-deps -c requirements/run.txt -o requirements/executor.txt
+resolve pyproject.toml requirements/step.in --extra tensorrt --excludes requirements/tensorrt-excluded.txt \
+    -c requirements/run.txt -o requirements/tensorrt.txt
+resolve requirements/mlflow.in -c requirements/run.txt -o requirements/mlflow.txt
+resolve requirements/sbom.in -o requirements/sbom.txt
 resolve --group dev -c requirements/run.txt -o requirements/dev.txt

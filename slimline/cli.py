@@ -91,11 +91,12 @@ def _me() -> str:
 def compile(
     pipeline: Annotated[str, typer.Argument(help="A pipeline's name, or its .py file in pipelines/.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the YAML goes.")],
+    images: Annotated[Path | None, typer.Option(help="build/images.json: name the images that were built.")] = None,
 ) -> None:
     """Write a compiled pipeline, to upload to Kubeflow."""
     from slimline import launch
 
-    launch.compile(pipeline, output)
+    launch.compile(pipeline, output, images)
     out.print(f"{output}")
 
 

@@ -5,6 +5,7 @@ success. Here a container stays until its exit code is read, and a success count
 Docker's engine is used where it answers, else Podman, which speaks the same language on a socket.
 """
 
+# Long because what a container may see and do is one list, and each way of ending needs its own sentence.
 from __future__ import annotations
 
 import contextlib

@@ -5,6 +5,7 @@ slow libraries once. Starting Python and importing torch, MLflow and kfp anew wo
 runs in a container of its own (containers.py), as on a cluster.
 """
 
+# Long because a run is one story: check, warm up, run, follow, and say how it ended.
 from __future__ import annotations
 
 import contextlib
@@ -12,6 +13,7 @@ import ctypes
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -111,11 +113,29 @@ def run(
     return Outcome(run_id, log, time.monotonic() - start, inside, summary)
 
 
-def compile(pipeline: str, out: Path) -> None:
-    """Write a compiled pipeline: from its Python source if `pipeline` is a .py file, else the one that comes along."""
-    if not pipeline.endswith(".py"):
+def compile(pipeline: str, out: Path, images: Path | None = None) -> None:
+    """Write a compiled pipeline: from its Python source if `pipeline` is a .py file, else the one that comes along.
+
+    `images` is what `make images` wrote: the steps then name the images that were built, by digest where it is known.
+    """
+    if pipeline.endswith(".py"):
+        _compile_source(pipeline, out)
+    else:
         shutil.copyfile(recipe.pipeline_file(pipeline), out)
+    if images is None:
         return
+    if not images.is_file():
+        raise ConfigError(f"{images} does not exist. `make images` writes build/images.json.")
+    built, text = json.loads(images.read_text(encoding="utf-8")), out.read_text(encoding="utf-8")
+    for name in sorted(set(re.findall(r"^ +image: (slimline-\S+)$", text, re.MULTILINE))):
+        if name not in built:
+            out.unlink()
+            raise ConfigError(f"{images} has no {name}, which a step of {pipeline} runs in. Build it: make images.")
+        text = text.replace(f" image: {name}\n", f" image: {built[name]}\n")
+    out.write_text(text, encoding="utf-8")
+
+
+def _compile_source(pipeline: str, out: Path) -> None:
     if not Path(pipeline).is_file():
         raise ConfigError(f"{pipeline} does not exist. Give a pipeline's name or its .py file.")
     root = str(Path(pipeline).resolve().parent.parent)
