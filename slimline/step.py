@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slimline import allowlist, artifact, probe, progress, store, technique
+from slimline import allowlist, artifact, engine, probe, progress, store, technique
 from slimline.artifact import Manifest, Stage
 from slimline.errors import ConfigError, ModelError, SlimlineError, StoreError
 from slimline.fetch import local
@@ -165,7 +165,7 @@ def _seal(
     )
     return artifact.seal(
         out, format=made.format, task=made.task, labels=made.labels, base=made.base,
-        history=(*made.history, stage),
+        history=(*made.history, stage), runtime=engine.facts(out),
     )  # fmt: skip
 
 
