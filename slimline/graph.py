@@ -84,7 +84,7 @@ def place(node: onnx.NodeProto) -> str:
     for name in names:
         if found := LAYER.search(name):
             return f"layer {found.group(1)}"
-    paths = [name.strip("/").replace("/", ".").split(".") for name in names]
+    paths = [name.strip("/").replace("/", ".").removeprefix("source.").split(".") for name in names]
     return next((".".join(path[:-1]) for path in paths if len(path) > 1), "")
 
 

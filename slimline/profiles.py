@@ -113,7 +113,7 @@ def of(inputs: Mapping[str, Sequence[int]], batch: Span, lengths: Sequence[Span]
     the whole prompt at once with nothing before it, and one token after 1..longest-1 others.
     """
     if any(name.startswith(PAST) for name in inputs):
-        longest, usual = lengths[-1].max, lengths[-1].opt
+        (_, usual, longest) = lengths[-1]
         steps = [
             (Span(1, usual, longest), Span(0, 0, 0)),
             (Span(1, 1, 1), Span(1, min(usual, longest - 1), longest - 1)),

@@ -336,5 +336,8 @@ def _canonical(value: Any) -> bytes:
 def _misfit(name: str, needs: str, source: str, given: str) -> str:
     if given == "path":
         return f"{name} needs a sealed {needs} model but {source} is a plain folder. Bring it in with fetch.local."
-    where = "before export" if (needs, given) == ("hf", "onnx") else "after export" if needs == "onnx" else "elsewhere"
+    if given == "tensorrt":
+        where = "before export.tensorrt"
+    else:
+        where = "before export" if needs == "hf" else "after export" if needs == "onnx" else "elsewhere"
     return f"{name} needs {needs} but {source} is {given}. Put this step {where}."

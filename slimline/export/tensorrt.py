@@ -51,7 +51,9 @@ class Config(BaseConfig):
         "auto",
         description="who builds and later runs it; auto: tensorrt where there is a GPU for it, else tensorrt_rtx",
     )
-    profiles: int = Field(0, ge=0, le=8, description="spans of lengths with kernels of their own; 0: as many as pay")
+    profiles: int = Field(
+        0, ge=0, le=8, description="spans of lengths with kernels of their own; 0: as many as pay (decoders: 2)"
+    )
     max_length: int | None = Field(None, ge=2, le=1 << 20, description="tokens of the longest text; none: the model's")
     opt_batch: int = Field(8, ge=1, le=4096, description="texts in a batch that kernels are tuned for")
     max_batch: int = Field(32, ge=1, le=4096, description="texts in a batch at most")
@@ -85,7 +87,8 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     lengths = tokenizer.lengths(data.read(Path(config.data), "calibration").texts)
     opens = {value.name: open_shape(value) for value in model.graph.input}
     batch = Span(1, min(config.opt_batch, config.max_batch), config.max_batch)
-    wanted = profiles.of(opens, batch, profiles.spans(lengths, longest, config.profiles))
+    decodes = any(name.startswith(profiles.PAST) for name in opens)
+    wanted = profiles.of(opens, batch, profiles.spans(lengths, longest, 1 if decodes else config.profiles))
 
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
