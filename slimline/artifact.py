@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from slimline.errors import ModelError, StoreError
 
 MANIFEST = "manifest.json"
-MODEL_FORMATS = ("hf", "onnx")
-Format = Literal["hf", "onnx", "evaluation"]
+MODEL_FORMATS = ("hf", "onnx", "tensorrt")
+Format = Literal["hf", "onnx", "tensorrt", "evaluation"]
 
 
 class Frozen(BaseModel):
@@ -61,6 +61,8 @@ class Manifest(Frozen):
     """sha256 over the sorted (path, sha256) pairs of all files: the name of these bytes."""
     files: dict[str, File]
     history: tuple[Stage, ...] = ()
+    runtime: dict[str, Any] = {}
+    """What an engine was built by and for (see engine.Record); empty for formats that run anywhere."""
 
     @property
     def size_bytes(self) -> int:
@@ -72,7 +74,7 @@ class Manifest(Frozen):
         return sum(f.size_bytes for name, f in self.files.items() if Path(name).suffix in WEIGHT_SUFFIXES)
 
 
-WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".data")
+WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".data", ".engine")
 
 
 def digest(path: Path) -> str:
@@ -88,6 +90,7 @@ def seal(
     labels: tuple[str, ...],
     base: str,
     history: tuple[Stage, ...] = (),
+    runtime: dict[str, Any] | None = None,
 ) -> Manifest:
     """Write the manifest over everything in the directory, last and atomically."""
     files = _files(path)
@@ -99,6 +102,7 @@ def seal(
         files=files,
         digest=_combine(files),
         history=history,
+        runtime=runtime or {},
     )
     unfinished = path / f".{MANIFEST}"
     with unfinished.open("w", encoding="utf-8") as handle:

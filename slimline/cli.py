@@ -172,14 +172,15 @@ def show(
     json_: AsJson = False,
 ) -> None:
     """What a model is, and everything that was done to it."""
-    from slimline import release
+    from slimline import engine, release
 
     about = release.about(ref)
     if json_:
         out.print_json(json.dumps(about))
         return
+    about["runtime"] = engine.describe(about["runtime"]) if about["runtime"] else ""
     out.print(f"[bold]{escape(ref)}[/bold]")
-    for key in ("version", "aliases", "verdict", "format", "task", "labels", "base", "digest", "size_bytes"):
+    for key in ("version", "aliases", "verdict", "format", "runtime", "task", "labels", "base", "digest", "size_bytes"):
         if about.get(key) not in (None, "", []):
             value = about[key]
             text = (

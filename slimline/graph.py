@@ -6,6 +6,7 @@ Shapes: B = texts, S = tokens, H = width.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -37,6 +38,9 @@ QUANTIZED = frozenset(
 
 PER_TOKEN = {"MatMul": (0,), "BiasGelu": (0,), "Gelu": (0,), "SkipLayerNormalization": (0, 1)}
 """Operators that treat every token alone, and which of their inputs [B, S, H] run over tokens."""
+
+LAYER = re.compile(r"(?:^|[./])(?:layers?|h|blocks?)[./](\d+)(?=[./]|$)")
+"""The number of a layer in the name of a node or a weight, such as /encoder/layer.3/output/dense/MatMul."""
 
 
 def read(file: Path) -> onnx.ModelProto:
@@ -72,6 +76,16 @@ def write(model: onnx.ModelProto, file: Path) -> None:
 def count(model: onnx.ModelProto) -> Counter[str]:
     """How many nodes of each kind."""
     return Counter(node.op_type for node in model.graph.node)
+
+
+def place(node: onnx.NodeProto) -> str:
+    """Where in the model a node comes from: 'layer 3', else the module that its names speak of, else ''."""
+    names = [node.name, *node.output, *node.input]
+    for name in names:
+        if found := LAYER.search(name):
+            return f"layer {found.group(1)}"
+    paths = [name.strip("/").replace("/", ".").removeprefix("source.").split(".") for name in names]
+    return next((".".join(path[:-1]) for path in paths if len(path) > 1), "")
 
 
 def set_heads(model: onnx.ModelProto, head_width: int) -> None:

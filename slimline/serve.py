@@ -2,8 +2,9 @@
 
     load("folder").predict(["a fine film"])  ->  [{"label": "positive", "score": 0.98}]
 
-A folder of format hf runs in PyTorch, one of format onnx in ONNX Runtime, each on the best device there is.
-An onnx model is served without importing torch or transformers. MLflow finds `_load_pyfunc` here. `python -m
+A folder of format hf runs in PyTorch, one of format onnx in ONNX Runtime, each on the best device there is, and one
+of format tensorrt on the GPU it was built for, or not at all (see engine.py); `runtime` says which it was. Neither
+of the latter two imports torch or transformers. MLflow finds `_load_pyfunc` here. `python -m
 slimline.serve FOLDER` gives the mechanical blessing (see probe.py): one line of JSON, and exit code 0, or 3
 with the problem.
 
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimline import artifact, hf
+from slimline import artifact, engine, hf
 from slimline.artifact import Manifest
 from slimline.errors import DataError, ModelError
 
@@ -98,8 +99,16 @@ class TorchPredictor(Predictor):
         return np.asarray(hf.logits(self.model, self.tokenizer, texts), dtype=np.float32)
 
 
+PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+"""Where ONNX Runtime looks for a device, best first.
+
+Not among them: its TensorRT provider, which would build engines anew in every process that serves, while requests wait
+for them. Who wants TensorRT builds once, with export.tensorrt.
+"""
+
+
 class OnnxPredictor(Predictor):
-    """A model of format onnx, on the GPU if this build of ONNX Runtime has one and else on the processor."""
+    """A model of format onnx, on the best provider that this machine and this build of ONNX Runtime have."""
 
     def __init__(self, path: Path, manifest: Manifest, threads: int | None) -> None:
         super().__init__(path, manifest)
@@ -110,8 +119,7 @@ class OnnxPredictor(Predictor):
         options.inter_op_num_threads = 1
         options.enable_mem_pattern = False  # it plans for each shape it meets, and every batch has another
         options.log_severity_level = 3
-        wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-        providers = [name for name in wanted if name in ort.get_available_providers()]
+        providers = [name for name in PROVIDERS if name in ort.get_available_providers()]
         if "CUDAExecutionProvider" in providers:
             ort.preload_dlls()
         try:
@@ -132,14 +140,29 @@ class OnnxPredictor(Predictor):
         return np.asarray(answer, dtype=np.float32)
 
 
+class TensorRTPredictor(Predictor):
+    """A model of format tensorrt, on the GPU. Raises ModelError naming both if the engine and this machine differ."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.session = engine.Session(path)
+        super().__init__(path, manifest)
+        self.batch = min(self.batch, max(p["input_ids"].max[0] for p in self.session.record.profiles))
+        self.runtime = f"{self.session.record.built_by} ({self.session.gpu.name})"
+
+    def _answer(self, texts: list[str]) -> Floats:
+        return np.asarray(self.session.run(self.tokenizer.encode(texts))["logits"], dtype=np.float32)
+
+
 def load(path: Path, threads: int | None = None) -> Predictor:
     """The model of a sealed directory, ready to answer. Raises ModelError if it is none that can answer."""
     path = Path(path)
     manifest = artifact.read(path)
     if manifest.format == "evaluation":
-        raise ModelError(f"{path} is an evaluation, which gives no answers. Name an hf or onnx model.")
+        raise ModelError(f"{path} is an evaluation, which gives no answers. Name an hf, onnx or tensorrt model.")
     if not manifest.labels:
         raise ModelError(f"{path} has no labels, so no head for a task. Fit it with train.finetune first.")
+    if manifest.format == "tensorrt":
+        return TensorRTPredictor(path, manifest)
     kind = OnnxPredictor if manifest.format == "onnx" else TorchPredictor
     return kind(path, manifest, threads)
 

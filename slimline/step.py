@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slimline import allowlist, artifact, probe, progress, store, technique
+from slimline import allowlist, artifact, engine, probe, progress, store, technique
 from slimline.artifact import Manifest, Stage
 from slimline.errors import ConfigError, ModelError, SlimlineError, StoreError
 from slimline.fetch import local
@@ -165,7 +165,7 @@ def _seal(
     )
     return artifact.seal(
         out, format=made.format, task=made.task, labels=made.labels, base=made.base,
-        history=(*made.history, stage),
+        history=(*made.history, stage), runtime=engine.facts(out),
     )  # fmt: skip
 
 
@@ -336,5 +336,8 @@ def _canonical(value: Any) -> bytes:
 def _misfit(name: str, needs: str, source: str, given: str) -> str:
     if given == "path":
         return f"{name} needs a sealed {needs} model but {source} is a plain folder. Bring it in with fetch.local."
-    where = "before export" if (needs, given) == ("hf", "onnx") else "after export" if needs == "onnx" else "elsewhere"
+    if given == "tensorrt":
+        where = "before export.tensorrt"
+    else:
+        where = "before export" if needs == "hf" else "after export" if needs == "onnx" else "elsewhere"
     return f"{name} needs {needs} but {source} is {given}. Put this step {where}."

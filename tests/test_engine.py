@@ -1,0 +1,106 @@
+import json
+import re
+
+import pytest
+
+from slimline import artifact, engine
+from slimline.engine import Gpu, Record
+from slimline.errors import ConfigError, ModelError
+from slimline.export import tensorrt as export
+from slimline.profiles import Shapes
+
+ADA, AMPERE, HOPPER = Gpu("NVIDIA L4", "8.9"), Gpu("NVIDIA A10", "8.6"), Gpu("NVIDIA H100", "9.0")
+SHAPES = Shapes(min=(1, 1), opt=(8, 16), max=(32, 64))
+
+
+def made(**changed):
+    facts = {
+        "runtime": "tensorrt_rtx", "version": "1.7.1.116", "compute_capabilities": ("8.9",),
+        "inputs": {"input_ids": {"dtype": "int64", "shape": (-1, -1)}},
+        "outputs": {"logits": {"dtype": "float", "shape": (-1, 2)}},
+        "profiles": [{"input_ids": SHAPES}],
+    }  # fmt: skip
+    return Record.model_validate(facts | changed)
+
+
+def test_an_engine_runs_on_the_gpu_and_version_it_was_built_for():
+    assert engine.refusal(made(), {"tensorrt_rtx": "1.7.1.116"}, ADA) == ""
+
+
+@pytest.mark.parametrize(
+    ("changed", "installed", "gpu", "sentence"),
+    [
+        ({}, {"tensorrt_rtx": "1.7.1.116"}, None, "compute capability 8.9, but this machine has no NVIDIA GPU"),
+        ({}, {"tensorrt_rtx": "1.7.1.116"}, AMPERE, "capability 8.9, but this machine's GPU, NVIDIA A10, has 8.6"),
+        ({}, {"tensorrt_rtx": "1.7.1.117"}, ADA, "RTX 1.7.1.116 .* has TensorRT for RTX 1.7.1.117. Install tensorrt-rtx"),
+        ({}, {"tensorrt": "11.4.0.106"}, ADA, "by TensorRT for RTX 1.7.1.116 .* this machine has TensorRT 11.4.0.106"),
+        ({}, {}, None, "but this machine has no TensorRT. Install tensorrt-rtx-cu12==1.7.1.116"),
+        (
+            {"runtime": "tensorrt", "version": "11.4.0.106", "version_compatible": True},
+            {"tensorrt": "10.16.1.11"}, ADA, "by TensorRT 11.4.0.106 .* has TensorRT 10.16.1.11",
+        ),
+        (
+            {"runtime": "tensorrt", "version": "10.13.3.9", "version_compatible": True},
+            {"tensorrt": "11.4.0.106"}, ADA, "by TensorRT 10.13.3.9 .* has TensorRT 11.4.0.106",
+        ),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_the_engine_and_the_machine(changed, installed, gpu, sentence):
+    assert re.search(sentence, engine.refusal(made(**changed), installed, gpu))
+
+
+def test_a_version_compatible_engine_runs_on_later_versions_of_its_kind():
+    record = made(runtime="tensorrt", version="10.13.3.9", version_compatible=True)
+    assert engine.refusal(record, {"tensorrt": "10.16.1.11"}, ADA) == ""
+    assert engine.refusal(made(runtime="tensorrt", version="10.13.3.9"), {"tensorrt": "10.16.1.11"}, ADA)
+
+
+def test_a_hardware_compatible_engine_runs_on_other_gpus_from_ampere_on():
+    record = made(runtime="tensorrt", version="11.4.0.106", hardware_compatible=True)
+    here = {"tensorrt": "11.4.0.106"}
+    assert [bool(engine.refusal(record, here, gpu)) for gpu in (AMPERE, HOPPER, Gpu("T4", "7.5"))] == [0, 0, 1]
+
+
+def test_a_wheel_without_its_libraries_counts_as_not_installed(tmp_path, monkeypatch):
+    (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.11: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "tensorrt" not in engine.installed()
+    with pytest.raises(ConfigError, match="TensorRT is not installed here. Install it with pip: tensorrt-cu12"):
+        engine.module("tensorrt")
+
+
+def test_a_failed_call_of_the_driver_names_its_reason():
+    class Status(int):
+        name = "CUDA_ERROR_OUT_OF_MEMORY"
+
+    with pytest.raises(ModelError, match="the GPU refused: CUDA_ERROR_OUT_OF_MEMORY"):
+        engine.ask((Status(2),))
+    assert engine.ask((Status(0), 7)) == 7
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"runtime": "another"}'])
+def test_a_broken_record_is_refused(text, tmp_path):
+    (tmp_path / engine.RECORD).write_text(text)
+    with pytest.raises(ModelError, match="is no record of an engine"):
+        engine.read(tmp_path)
+
+
+def test_facts_are_what_the_record_holds_but_for_its_layers(tmp_path):
+    assert engine.facts(tmp_path) == {}
+    record = made(layers={"/classifier/MatMul": "half"})
+    (tmp_path / engine.RECORD).write_text(json.dumps(record.model_dump(mode="json")))
+    facts = engine.facts(tmp_path)
+    assert "layers" not in facts and facts["compute_capabilities"] == ["8.9"]
+    sealed = artifact.seal(tmp_path, format="tensorrt", task="", labels=(), base="", runtime=facts)
+    assert artifact.read(tmp_path) == sealed
+    said = "TensorRT for RTX 1.7.1.116; compute capability 8.9; input_ids (1, 1) to (32, 64) tuned for (8, 16)"
+    assert engine.describe(sealed.runtime) == said
+
+
+def test_earlier_timings_are_reused_only_under_the_same_key(tmp_path):
+    (tmp_path / engine.RECORD).write_text(json.dumps(made(timing_cache="this one").model_dump(mode="json")))
+    (tmp_path / engine.TIMING_CACHE).write_bytes(b"timings")
+    config = export.Config(data="texts", timing_cache=str(tmp_path))
+    assert export.timings(config, "this one") == b"timings"
+    assert export.timings(config, "another GPU") == b""
+    assert export.timings(export.Config(data="texts"), "this one") == b""
