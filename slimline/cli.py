@@ -53,9 +53,13 @@ def run(
     summary = outcome.summary
     overhead = outcome.seconds - outcome.technique_seconds
     if json_:
-        out.print_json(json.dumps({**summary, "run_id": outcome.run_id, "seconds": outcome.seconds}))
-    elif summary:
-        _print_summary(summary, outcome.log)
+        told = {"run_id": outcome.run_id, "seconds": outcome.seconds, "ref": outcome.ref}
+        out.print_json(json.dumps({**summary, **told}))
+    else:
+        if summary:
+            _print_summary(summary, outcome.log)
+        else:
+            out.print(f"Model    {outcome.ref}\nTry it   slimline show {outcome.ref}", soft_wrap=True)
         out.print(
             f"{outcome.seconds:.0f} s in all, {overhead:.0f} s of them outside the steps' own work.",
             style="dim",
@@ -303,12 +307,11 @@ def main() -> NoReturn:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        app(standalone_mode=False)
-        code = 0
+        code = int(app(standalone_mode=False) or 0)
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
     except SlimlineError as error:
         code = _say(str(error), error.exit_code)
-    except typer.Exit as stop:
-        code = int(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         code = _say("stopped. The same command goes on where it was.", 130)
     except SystemExit as stop:

@@ -58,7 +58,9 @@ def engine() -> Iterator[None]:
         )
     with tempfile.TemporaryDirectory(prefix="slimline-podman-") as folder:
         socket = f"unix://{folder}/socket"
-        service = subprocess.Popen([podman, "system", "service", "--time=0", socket], stderr=subprocess.DEVNULL)
+        service = subprocess.Popen(
+            [podman, "system", "service", "--time=0", socket], cwd=folder, stderr=subprocess.DEVNULL
+        )
         os.environ["DOCKER_HOST"] = socket
         try:
             deadline = time.monotonic() + 20
@@ -125,9 +127,7 @@ class Containers:
             except docker.errors.APIError as error:
                 raise StoreError(f"the container of step {step} did not start: {error.explanation}.") from None
             finally:
-                if self.container is not None:
-                    self.container.remove(force=True, v=True)
-                    self.container = None
+                self.stop()
 
     def _watch(self, step: str, limit: str | None, command: list[str]) -> int:
         self.container.start()
@@ -168,13 +168,16 @@ class Containers:
         return options
 
     def stop(self) -> None:
-        """End the step that still runs, if any, and give it time to say so in the store."""
-        if self.container is not None:
+        """Remove the step's container, if any; a step that still runs gets time to say so in the store."""
+        if self.container is None:
+            return
+        self.container.reload()
+        if self.container.status == "running":
             with contextlib.suppress(Exception):  # it may have ended by itself meanwhile
-                self.container.exec_run(["sh", "-c", "kill -TERM -1"])
+                self.container.exec_run(["sh", "-c", "kill -TERM -1"])  # the first process is kfp's shell, which waits
                 self.container.wait(timeout=20)
-            with contextlib.suppress(Exception):
-                self.container.remove(force=True, v=True)
+        self.container.remove(force=True, v=True)
+        self.container = None
 
 
 def network_for(uri: str) -> str:

@@ -38,13 +38,16 @@ Watcher = Callable[[Event], None]
 
 
 class Outcome(NamedTuple):
-    """What a run came to: its parent run, its log, its seconds in all and inside techniques, and its summary."""
+    """What a run came to: its parent run, its log, its seconds in all and inside techniques, its summary if the
+    pipeline makes one, and the ref of the model that was stored last.
+    """
 
     run_id: str
     log: Path
     seconds: float
     technique_seconds: float
     summary: Event
+    ref: str
 
 
 class Place(NamedTuple):
@@ -110,7 +113,8 @@ def run(
         store.end(run_id, status)
     summary = next((event for event in reversed(seen) if event["event"] == "summary"), {})
     inside = sum(event.get("seconds", 0.0) for event in seen if event["event"] == "end")
-    return Outcome(run_id, log, time.monotonic() - start, inside, summary)
+    ref = next((event["ref"] for event in reversed(seen) if event.get("ref")), "")
+    return Outcome(run_id, log, time.monotonic() - start, inside, summary, ref)
 
 
 def compile(pipeline: str, out: Path, images: Path | None = None) -> None:

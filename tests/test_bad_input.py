@@ -138,7 +138,7 @@ def test_an_unreachable_tracking_server_is_exit_5(recipe, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "code", "named"),
     [
-        (["run", "optimise"], 2, "There is: optimize"),
+        (["run", "optimise"], 2, "There is: engine, optimize"),
         (["run", "optimize", "-f", "nowhere.yaml"], 2, "nowhere.yaml does not exist"),
         (["show", "models:/nobody@champion"], 5, "does not resolve"),
         (["show", "nowhere"], 5, "does not exist"),
@@ -154,6 +154,15 @@ def test_an_unreachable_tracking_server_is_exit_5(recipe, capsys, monkeypatch):
 def test_every_command_says_what_is_wrong(fresh_store, capsys, monkeypatch, arguments, code, named):
     given, said = call(capsys, monkeypatch, *arguments)
     assert given == code and named in said, said
+
+
+def test_ctrl_c_is_no_success(fresh_store, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.recipe, "assign", interrupted)
+    code, said = call(capsys, monkeypatch, "run", "optimize")
+    assert code == 130 and said.endswith("stopped. The same command goes on where it was.")
 
 
 def test_techniques_doctor_version_and_compile_answer(fresh_store, capsys, monkeypatch, tmp_path):

@@ -32,7 +32,7 @@ def test_an_engine_runs_on_the_gpu_and_version_it_was_built_for():
     [
         ({}, {"tensorrt_rtx": "1.7.1.116"}, None, "compute capability 8.9, but this machine has no NVIDIA GPU"),
         ({}, {"tensorrt_rtx": "1.7.1.116"}, AMPERE, "capability 8.9, but this machine's GPU, NVIDIA A10, has 8.6"),
-        ({}, {"tensorrt_rtx": "1.7.1.117"}, ADA, "RTX 1.7.1.116 .* has TensorRT for RTX 1.7.1.117. Install tensorrt-rtx"),
+        ({}, {"tensorrt_rtx": "1.7.1.117"}, ADA, "RTX 1.7.1.116 .* has TensorRT for RTX 1.7.1.117. Install"),
         ({}, {"tensorrt": "11.4.0.106"}, ADA, "by TensorRT for RTX 1.7.1.116 .* this machine has TensorRT 11.4.0.106"),
         ({}, {}, None, "but this machine has no TensorRT. Install tensorrt-rtx-cu12==1.7.1.116"),
         (

@@ -20,7 +20,7 @@ LIBRARY = [p for p in SOURCES if p.is_relative_to(ROOT / "slimline")]
 MODULES = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in LIBRARY]
 TECHNIQUES = technique.all_names()
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnxscript", "sklearn", "pandas", "scipy"}
-HEAVY |= {"tensorrt", "tensorrt_rtx", "cuda"}
+HEAVY |= {"tensorrt", "tensorrt_rtx"}
 LONG = 250
 
 # Imports everything it is told to and says what came of it, in a process that nothing else has touched.

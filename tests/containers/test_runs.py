@@ -27,6 +27,22 @@ def changed(folder, change):
     return str(file)
 
 
+def training(folder):
+    """A run that has begun to train and will for hours, as a process in a session of its own."""
+    command = [sys.executable, "-m", "slimline.cli", "run", "optimize", "-f", "recipe.yaml", "--docker"]
+    ran = subprocess.Popen(
+        [*command, "--set", "train_epochs=900"], cwd=folder, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # or it is ignored, as in the background
+    )  # fmt: skip
+    for _ in range(600):
+        if any('"progress"' in file.read_text() for file in folder.glob("slimline-store/runs/*/events.jsonl")):
+            return ran
+        time.sleep(0.2)
+    ran.kill()
+    pytest.fail("no step trains")
+
+
 def reviews(folder):
     """A recipe of minutes: the real model on a slice of the real reviews, with limits that so few can prove."""
     import pandas as pd
@@ -132,11 +148,7 @@ def test_a_store_that_the_container_cannot_reach_is_named(client, workplace, tra
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_takes_its_container_along(client, workplace, number):
-    command = [sys.executable, "-m", "slimline.cli", "run", "optimize", "-f", "recipe.yaml", "--docker"]
-    ran = subprocess.Popen([*command, "--set", "train_epochs=900"], cwd=workplace, stderr=subprocess.PIPE, text=True)
-    for line in ran.stderr:
-        if "train.finetune: training" in line or "fitting" in line:
-            break
+    ran = training(workplace)
     ran.send_signal(number)
     assert ran.wait(60) == 128 + number
     assert steps(client) == []
@@ -145,15 +157,7 @@ def test_a_run_that_is_stopped_takes_its_container_along(client, workplace, numb
 
 
 def test_what_a_launcher_left_behind_that_was_killed_outright_is_removed(client, workplace):
-    command = [sys.executable, "-m", "slimline.cli", "run", "optimize", "-f", "recipe.yaml", "--docker"]
-    ran = subprocess.Popen(
-        [*command, "--set", "train_epochs=900"], cwd=workplace, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, env=dict(os.environ),
-    )  # fmt: skip
-    for line in ran.stderr:
-        if "train.finetune" in line:
-            break
-    time.sleep(2)
+    ran = training(workplace)
     os.killpg(ran.pid, signal.SIGKILL)
     ran.wait()
     containers.bury_the_dead(client)
