@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RECIPE ?= examples/reviews/recipe.yaml
 TESTS ?=
 PORT ?= 5000
-IMAGES ?= cpu tensorrt mlflow
+IMAGES ?= cpu tensorrt llm mlflow
 
 export PYTHON TORCH TORCH_INDEX BASE ENGINE REGISTRY SOURCE
 export HF_HUB_OFFLINE := 1

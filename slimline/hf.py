@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slimline import packed
 from slimline.errors import ModelError
 
 if TYPE_CHECKING:
@@ -165,7 +166,10 @@ def load(folder: Path, labels: Sequence[str] | None = None, seed: int = 0) -> to
         "id2label": dict(enumerate(names)),
         "label2id": {name: i for i, name in enumerate(names)},
     }
+    packing = values.pop("quantization_config", None)
     weights = _weights(folder)
+    if packing:
+        weights = packed.unpack(weights, packing, str(folder))
     config = AutoConfig.for_model(**values)
     config._attn_implementation = "sdpa"
     with torch.random.fork_rng(devices=[]):

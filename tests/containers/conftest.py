@@ -14,7 +14,7 @@ from slimline import containers
 
 ROOT = Path(__file__).parent.parent.parent
 IMAGES = json.loads((ROOT / "build" / "images.json").read_text())
-CPU, TENSORRT, MLFLOW = (IMAGES[f"slimline-{name}:0.1.0"] for name in ("cpu", "tensorrt", "mlflow"))
+CPU, TENSORRT, LLM, MLFLOW = (IMAGES[f"slimline-{name}:0.1.0"] for name in ("cpu", "tensorrt", "llm", "mlflow"))
 
 
 @pytest.fixture(scope="session")

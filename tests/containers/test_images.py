@@ -5,14 +5,14 @@ import json
 import pytest
 
 from slimline import __version__
-from tests.containers.conftest import CPU, MLFLOW, ROOT, TENSORRT
+from tests.containers.conftest import CPU, LLM, MLFLOW, ROOT, TENSORRT
 
 BUDGET_BYTES = 600_000_000
 """Of slimline-cpu on the base that docker/base.sh makes, without torch and what torch alone needs."""
 
 TORCH = "torch torchgen functorch torch-*.dist-info sympy mpmath networkx setuptools isympy.py"
 
-ALL = pytest.mark.parametrize("image", [CPU, TENSORRT, MLFLOW], ids=["cpu", "tensorrt", "mlflow"])
+ALL = pytest.mark.parametrize("image", [CPU, TENSORRT, LLM, MLFLOW], ids=["cpu", "tensorrt", "llm", "mlflow"])
 
 
 @ALL
@@ -34,7 +34,7 @@ def test_an_image_holds_no_compiler_no_installer_and_no_cache(inside, image):
     assert found == (["slimline"] if image == MLFLOW else ["library", "slimline"])
 
 
-@pytest.mark.parametrize("name", ["cpu", "tensorrt", "mlflow"])
+@pytest.mark.parametrize("name", ["cpu", "tensorrt", "llm", "mlflow"])
 def test_the_bill_of_materials_beside_an_image_names_python_and_debian_packages(name):
     told = json.loads((ROOT / "build" / "sbom" / f"{name}.json").read_text())
     names = {part["name"] for part in told["components"]}

@@ -1,0 +1,61 @@
+"""The pipelines whose steps cannot share an environment: each step in the image that has what it needs."""
+
+import json
+
+import yaml
+
+from slimline import artifact, store
+from tests.containers.conftest import CPU, LLM, TENSORRT, slimline
+
+NOT_THERE = "import importlib.util as u, sys; print(*[n for n in sys.argv[1:] if u.find_spec(n)])"
+
+
+def recipe(workplace, **changed):
+    """What both pipelines take of the workplace's recipe, and more."""
+    known = yaml.safe_load((workplace / "recipe.yaml").read_text())
+    values = {name: known[name] for name in ("source", "data", "train_options")} | changed
+    (workplace / "recipe.yaml").write_text(yaml.safe_dump(values))
+
+
+def test_no_image_has_what_the_others_need(inside):
+    versions = {
+        image: inside(image, "python", "-c", "import transformers; print(transformers.__version__)")
+        for image in (CPU, LLM)
+    }
+    assert versions[CPU].startswith("5.23.") and versions[LLM].startswith("5.17.")
+    wanted = ("llmcompressor", "tensorrt_rtx", "onnxruntime", "torch")
+    there = {image: inside(image, "python", "-c", NOT_THERE, *wanted).split() for image in (CPU, LLM, TENSORRT)}
+    assert there[CPU] == ["onnxruntime", "torch"]
+    assert there[LLM] == ["llmcompressor", "torch"]
+    assert there[TENSORRT] == ["tensorrt_rtx", "onnxruntime"]
+
+
+def test_steps_that_disagree_about_transformers_make_one_model(workplace):
+    options = {"group_size": 16, "samples": 32, "texts": 32, "agreement": 0.5, "kl": 5.0}
+    recipe(
+        workplace, name="tiny", margin=0.2, train_epochs=3, quantize_options=options, latency_options={"batches": 6},
+        gate_options={"size_alone": True},
+    )  # fmt: skip
+    ran = slimline("run", "compress", "-f", "recipe.yaml", "--docker", "--json", cwd=workplace)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    told = json.loads(ran.stdout)
+    made = artifact.read(store.fetch(f"models:/tiny/{told['version']}"))
+    trained, quantized = made.history[-2:]
+    assert (trained.technique, quantized.technique) == ("train.finetune", "quantize.llmcompressor")
+    assert made.weight_bytes < 0.6 * quantized.metrics["size_before_bytes"]
+    config = json.loads((store.fetch(f"models:/tiny/{told['version']}") / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    shown = slimline("predict", f"models:/tiny/{told['version']}", "a fine film", "--json", cwd=workplace)
+    assert json.loads(shown.stdout)[0]["label"] in ("negative", "positive")
+
+
+def test_a_model_becomes_an_engine_in_an_image_without_torch(workplace):
+    engine = {"compute_capabilities": ["8.9"], "max_length": 32}
+    recipe(workplace, train_method="finetune", quantize_method="none", engine_options=engine)
+    ran = slimline("run", "engine", "-f", "recipe.yaml", "--docker", "--json", cwd=workplace)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    ref = json.loads(ran.stdout)["ref"]
+    made = artifact.read(store.fetch(ref))
+    assert made.format == "tensorrt" and made.runtime["compute_capabilities"] == ["8.9"]
+    refused = slimline("predict", ref, "a fine film", cwd=workplace)
+    assert refused.returncode == 3 and "built by TensorRT for RTX" in refused.stderr
