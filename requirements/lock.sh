@@ -17,7 +17,7 @@ resolve pyproject.toml requirements/needs.in requirements/step.in --extra train 
 resolve requirements/executor.in --no-deps -c requirements/run.txt -o requirements/executor.txt
 resolve pyproject.toml requirements/step.in --extra tensorrt --excludes requirements/tensorrt-excluded.txt \
     -c requirements/run.txt -c requirements/cuda.txt -o requirements/tensorrt.txt
-resolve pyproject.toml requirements/step.in --extra llm \
+resolve pyproject.toml requirements/needs.in requirements/step.in --extra llm \
     --excludes requirements/llm-excluded.txt -o requirements/llm.txt
 resolve requirements/mlflow.in -c requirements/run.txt -o requirements/mlflow.txt
 resolve requirements/sbom.in -o requirements/sbom.txt

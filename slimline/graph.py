@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slimline.artifact import MANIFEST
 from slimline.errors import ModelError
 
 if TYPE_CHECKING:
@@ -71,6 +73,32 @@ def write(model: onnx.ModelProto, file: Path) -> None:
     del model.graph.value_info[:]  # inner shapes: stale after a rewrite, and the runtime infers them
     onnx.checker.check_model(model)
     file.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def copy_rest(source: Path, out: Path) -> None:
+    """The tokenizer and the settings that lie beside a graph; the manifest is the step's to write."""
+    out.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.is_file() and file.suffix in (".json", ".txt") and file.name != MANIFEST:
+            shutil.copyfile(file, out / file.name)
+
+
+def require_floats(model: onnx.ModelProto, source: Path) -> None:
+    """Raise ModelError for a graph that is quantized already, or kept in half precision."""
+    if already := QUANTIZED & count(model).keys():
+        raise ModelError(f"{source} is quantized already ({', '.join(sorted(already))}). Quantize once.")
+    if not any(tensor.data_type == tensor.FLOAT for tensor in model.graph.initializer):
+        raise ModelError(f"{source} holds no float32 weights. Start from what export.onnx wrote.")
+
+
+def require_plain(model: onnx.ModelProto, source: Path) -> None:
+    """Raise ModelError for a fused graph: what is inside a fused node can be given no type of its own."""
+    fused = next((node for node in model.graph.node if node.domain not in ("", "ai.onnx")), None)
+    if fused is not None:
+        raise ModelError(
+            f"{source} has fused nodes ({fused.op_type}), whose insides cannot be typed. "
+            "Export it without fusions: export.onnx with fuse=False."
+        )
 
 
 def count(model: onnx.ModelProto) -> Counter[str]:

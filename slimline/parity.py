@@ -12,14 +12,37 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from slimline import data
+from pydantic import Field
+
+from slimline import data, graph, hf
 from slimline.errors import DataError, ModelError
+from slimline.technique import BaseConfig, Metrics, Stored
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import onnx
 
 BATCH = 8
+
+
+class Guard(BaseConfig):
+    """How near a quantized model must stay to what it came from: options of all that quantize."""
+
+    data: Stored = Field(description="texts (calibration split) to calibrate on, and on which labels must stay")
+    texts: int = Field(256, ge=2, description="how many texts the guard compares")
+    agreement: float = Field(
+        0.93, ge=0, le=1, description="fraction of texts that must keep their label: less is a fault, not a price"
+    )
+    kl: float = Field(0.05, gt=0, description="largest mean divergence from the source, in nats")
+
+
+class Match(BaseConfig):
+    """How exactly a graph in other float types must say what its source says."""
+
+    data: Stored = Field(description="calibration texts on which graph and source must agree")
+    texts: int = Field(64, ge=2, description="how many texts the parity guard compares")
+    tolerance: float = Field(0.02, gt=0, le=0.5, description="allowed, as a fraction of the largest logit")
 
 
 class Encoder(Protocol):
@@ -56,14 +79,17 @@ def texts(path: Path, number: int) -> list[str]:
     return [*mixed, " ".join(found)]
 
 
-def onnx_logits(graph: Path, tokenizer: Encoder, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-    """[N, L]: what the graph says on the processor, batch by batch in the given order."""
+def onnx_logits(model: Path | onnx.ModelProto, tokenizer: Encoder, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+    """[N, L]: what a graph says on the processor, batch by batch in the given order; Q/DQ is taken at its word."""
     import numpy as np
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    # without VNNI the integer kernels that Q/DQ is fused into cut off large sums
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
     rows = []
     for start in range(0, len(texts), BATCH):
@@ -72,7 +98,11 @@ def onnx_logits(graph: Path, tokenizer: Encoder, texts: Sequence[str]) -> npt.ND
     return np.concatenate(rows).astype(np.float32)
 
 
-def compare(source_NL: npt.NDArray[np.float32], candidate_NL: npt.NDArray[np.float32]) -> Difference:
+def compare(
+    source_NL: npt.NDArray[np.float32],
+    candidate_NL: npt.NDArray[np.float32],
+    hint: str = "Try another opset, or fuse=False.",
+) -> Difference:
     """How far the candidate is from the source. Raises ModelError where the candidate is not finite."""
     import numpy as np
     from scipy.special import log_softmax
@@ -80,7 +110,7 @@ def compare(source_NL: npt.NDArray[np.float32], candidate_NL: npt.NDArray[np.flo
     if source_NL.shape != candidate_NL.shape or not np.isfinite(candidate_NL).all():
         raise ModelError(
             f"the converted model gives {candidate_NL.shape} logits, its source {source_NL.shape}, or some are "
-            "not finite. Try another opset, or fuse=False."
+            f"not finite. {hint}"
         )
     gap_N = np.abs(source_NL - candidate_NL).max(axis=1)
     source, candidate = (log_softmax(x.astype(np.float64), axis=1) for x in (source_NL, candidate_NL))
@@ -93,23 +123,65 @@ def compare(source_NL: npt.NDArray[np.float32], candidate_NL: npt.NDArray[np.flo
     )
 
 
-def require_equal(difference: Difference, texts: Sequence[str], tolerance: float) -> None:
+def require_equal(
+    difference: Difference,
+    texts: Sequence[str],
+    tolerance: float,
+    hint: str = "Try fuse=False, first_token=False or another opset",
+) -> None:
     """Raise ModelError unless logits differ by at most `tolerance` times the source's largest logit."""
     limit = tolerance * difference.scale
     if difference.max_abs > limit:
         raise ModelError(
-            f"the exported graph differs from its source by {difference.max_abs:.3g}, not at most {limit:.3g}; "
-            f"worst on {texts[difference.worst][:80]!r}. Try fuse=False, first_token=False or another opset; "
-            "raise the tolerance only if you know why."
+            f"the converted graph differs from its source by {difference.max_abs:.3g}, not at most {limit:.3g}; "
+            f"worst on {texts[difference.worst][:80]!r}. {hint}; raise the tolerance only if you know why."
         )
 
 
-def require_close(difference: Difference, texts: Sequence[str], agreement: float, kl: float) -> None:
+def require_close(difference: Difference, texts: Sequence[str], guard: Guard, hint: str) -> None:
     """Raise ModelError unless labels agree often enough and probabilities stay near."""
-    if difference.agreement < agreement or difference.kl_mean > kl:
+    if difference.agreement < guard.agreement or difference.kl_mean > guard.kl:
         raise ModelError(
             f"the quantized model agrees with its source on {difference.agreement:.1%} of {len(texts)} texts "
-            f"(at least {agreement:.1%} needed) with mean KL {difference.kl_mean:.3g} (at most {kl:.3g}); "
-            f"worst on {texts[difference.worst][:80]!r}. Try embeddings=False, or "
-            "leave per_channel and reduce_range on."
+            f"(at least {guard.agreement:.1%} needed) with mean KL {difference.kl_mean:.3g} (at most {guard.kl:.3g}); "
+            f"worst on {texts[difference.worst][:80]!r}. {hint}"
         )
+
+
+def guarded(source: Path, out: Path, guard: Guard, hint: str) -> Metrics:
+    """How near the graph in `out` is to the one in `source`, and their sizes. Raises ModelError where it strays."""
+    asked = texts(Path(guard.data), guard.texts)
+    difference = _difference(source, out / graph.FILE, asked, hint)
+    require_close(difference, asked, guard, hint)
+    return {
+        **_sizes(source, out),
+        "agreement": difference.agreement,
+        "kl_mean": difference.kl_mean,
+        "max_abs": difference.max_abs,
+    }
+
+
+def matched(source: Path, out: Path, match: Match, hint: str, twin: onnx.ModelProto | None = None) -> Metrics:
+    """How far the graph in `out` (or its twin, if that runs in its place) is from `source`'s, and their sizes.
+
+    Raises ModelError where that is too far.
+    """
+    asked = texts(Path(match.data), match.texts)
+    difference = _difference(source, twin or out / graph.FILE, asked, f"{hint}.")
+    require_equal(difference, asked, match.tolerance, hint)
+    return {
+        **_sizes(source, out),
+        "parity_max_abs": difference.max_abs,
+        "parity_agreement": difference.agreement,
+    }
+
+
+def _difference(source: Path, candidate: Path | onnx.ModelProto, asked: Sequence[str], hint: str) -> Difference:
+    tokenizer = hf.tokenizer(source, hf.max_length(source))
+    answers = [onnx_logits(model, tokenizer, asked) for model in (source / graph.FILE, candidate)]
+    return compare(answers[0], answers[1], hint)
+
+
+def _sizes(source: Path, out: Path) -> Metrics:
+    before, after = (float((folder / graph.FILE).stat().st_size) for folder in (source, out))
+    return {"size_before_bytes": before, "size_bytes": after}

@@ -12,15 +12,13 @@ label changed), 0.00064 with 8 (one changed); one scale for a whole matrix, 7 bi
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from slimline import graph, hf, parity
-from slimline.errors import ModelError
-from slimline.technique import BaseConfig, Metrics, Stored
+from slimline import graph, parity
+from slimline.technique import Metrics
 
 if TYPE_CHECKING:
     import onnx
@@ -30,43 +28,22 @@ NEEDS = GIVES = "onnx"
 TABLES = ("EmbedLayerNormalization", "Gather")
 
 
-class Config(BaseConfig):
-    data: Stored = Field(description="texts (calibration split) on which the labels must stay what they were")
+class Config(parity.Guard):
     per_channel: bool = Field(True, description="one scale for each output, not one for a whole matrix")
     reduce_range: bool = Field(True, description="7-bit weights: exact on processors without VNNI")
     embeddings: bool = Field(True, description="store the embedding table in 8 bits as well")
-    texts: int = Field(256, ge=2, description="how many texts the guard compares")
-    agreement: float = Field(
-        0.93, ge=0, le=1, description="fraction of texts that must keep their label: less is a fault, not a price"
-    )
-    kl: float = Field(0.05, gt=0, description="largest mean divergence from the source, in nats")
 
 
 def run(source: Path, out: Path, config: Config) -> Metrics:
     """Write the quantized graph and the source's other files. Raises ModelError where it strays too far."""
     before = graph.read(source / graph.FILE)
-    if already := graph.QUANTIZED & graph.count(before).keys():
-        raise ModelError(f"{source} is quantized already ({', '.join(sorted(already))}). Quantize once.")
-    out.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if file.is_file() and file.suffix in (".json", ".txt") and file.name != "manifest.json":
-            shutil.copyfile(file, out / file.name)
+    graph.require_floats(before, source)
+    graph.copy_rest(source, out)
     with graph.quiet():
         after = quantize(before, out / graph.FILE, config)
     graph.write(after, out / graph.FILE)
-    tokenizer = hf.tokenizer(source, hf.max_length(source))
-    texts = parity.texts(Path(config.data), config.texts)
-    logits = [parity.onnx_logits(folder / graph.FILE, tokenizer, texts) for folder in (source, out)]
-    difference = parity.compare(*logits)
-    parity.require_close(difference, texts, config.agreement, config.kl)
-    return {
-        **quantized(after),
-        "size_before_bytes": float((source / graph.FILE).stat().st_size),
-        "size_bytes": float((out / graph.FILE).stat().st_size),
-        "agreement": difference.agreement,
-        "kl_mean": difference.kl_mean,
-        "max_abs": difference.max_abs,
-    }
+    hint = "Try embeddings=False, or leave per_channel and reduce_range on."
+    return {**quantized(after), **parity.guarded(source, out, config, hint)}
 
 
 def quantize(model: onnx.ModelProto, file: Path, config: Config) -> onnx.ModelProto:

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from slimline import data, hf, parity
 from slimline.errors import ConfigError, ModelError
-from slimline.technique import BaseConfig, Metrics, Stored
+from slimline.technique import Metrics
 
 if TYPE_CHECKING:
     import torch
@@ -28,17 +28,11 @@ if TYPE_CHECKING:
 NEEDS = GIVES = "hf"
 
 
-class Config(BaseConfig):
-    data: Stored = Field(description="texts (calibration split) that show which weights matter")
+class Config(parity.Guard):
     bits: int = Field(4, ge=4, le=8, multiple_of=4, description="of a weight: 4 or 8")
     group_size: int = Field(32, ge=8, le=1024, description="columns that share a scale; must divide every matrix")
     samples: int = Field(128, ge=1, description="texts that the errors are weighed on")
     damping: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a fraction of its mean")
-    texts: int = Field(256, ge=2, description="how many texts the guard compares")
-    agreement: float = Field(
-        0.93, ge=0, le=1, description="fraction of texts that must keep their label: less is a fault, not a price"
-    )
-    kl: float = Field(0.05, gt=0, description="largest mean divergence from the source, in nats")
 
 
 def run(source: Path, out: Path, config: Config) -> Metrics:
@@ -52,9 +46,10 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     expected = hf.logits(model, tokenizer, texts)
     save(model, source, out)
     after = hf.logits(hf.load(out), tokenizer, texts)
-    parity.require_equal(parity.compare(expected, after), texts, 1e-4)  # what was written is what was made
+    again = parity.compare(expected, after)
+    parity.require_equal(again, texts, 1e-4, "What was written is not what was made: report it")
     difference = parity.compare(before, after)
-    parity.require_close(difference, texts, config.agreement, config.kl)
+    parity.require_close(difference, texts, config, "Try bits=8, a smaller group_size or more samples.")
     return {
         "num_quantized_matmul": float(len(matrices)),
         "size_before_bytes": float(sum(file.stat().st_size for file in source.glob("*.safetensors"))),

@@ -42,7 +42,7 @@ def test_steps_that_disagree_about_transformers_make_one_model(workplace):
     made = artifact.read(store.fetch(f"models:/tiny/{told['version']}"))
     trained, quantized = made.history[-2:]
     assert (trained.technique, quantized.technique) == ("train.finetune", "quantize.llmcompressor")
-    assert made.weight_bytes < 0.6 * quantized.metrics["size_before_bytes"]
+    assert made.weights_bytes < 0.6 * quantized.metrics["size_before_bytes"]
     config = json.loads((store.fetch(f"models:/tiny/{told['version']}") / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     shown = slimline("predict", f"models:/tiny/{told['version']}", "a fine film", "--json", cwd=workplace)

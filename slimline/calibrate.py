@@ -1,0 +1,97 @@
+"""How large activations get, measured on texts: what a scale has to cover.
+
+Texts go through the graph one by one, so that nothing is padded and no padding is counted. Magnitudes are counted in a
+histogram that doubles its range when a larger one comes, so once through is enough, and memory is one text's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slimline import data, hf
+from slimline.errors import ModelError
+from slimline.technique import track
+
+if TYPE_CHECKING:
+    import onnx
+
+BINS = 2048
+CANDIDATES = np.arange(BINS // 16, BINS + 1, 8)
+"""Where a range may be cut off, in bins."""
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Histogram:
+    """Counts of magnitudes in BINS equal bins from 0 to `edge`."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(BINS, dtype=np.int64)
+        self.edge = 0.0
+        self.largest = 0.0
+
+    def add(self, values: Array) -> None:
+        """Count these numbers, whatever their sign."""
+        sizes = np.abs(values).ravel()
+        top = float(sizes.max(initial=0.0))
+        self.largest = max(self.largest, top)
+        self.edge = self.edge or top
+        while top > self.edge:  # two bins become one
+            self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(axis=1), np.zeros(BINS // 2, dtype=np.int64)])
+            self.edge *= 2
+        if self.edge:
+            self.counts += np.histogram(sizes, bins=BINS, range=(0.0, self.edge))[0]
+
+    def clip(self, levels: int) -> float:
+        """Where to cut off so that rounding to 0, 1, ... `levels` equal steps has the least squared error."""
+        middles = (np.arange(BINS) + 0.5) * (self.edge / BINS)
+        used = self.counts > 0
+        x, weight = middles[used], self.counts[used]
+        ends = CANDIDATES * (self.edge / BINS)
+        step = ends[:, None] / levels
+        rounded = np.minimum(np.rint(x[None, :] / step), levels) * step
+        error = np.square(rounded - x[None, :]) @ weight
+        return min(float(ends[error.argmin()]), self.largest)
+
+
+def magnitudes(
+    model: onnx.ModelProto, names: Collection[str], source: Path, texts: Path, samples: int
+) -> dict[str, Histogram]:
+    """A histogram of every named tensor over that many calibration texts of a data set, cut up by `source`'s tokenizer.
+
+    Raises ModelError where a tensor is not finite.
+    """
+    found = {name: Histogram() for name in names}
+    for name, values in answers(model, list(found), source, texts, samples):
+        found[name].add(values)
+    return found
+
+
+def answers(
+    model: onnx.ModelProto, names: list[str], source: Path, texts: Path, samples: int
+) -> Iterator[tuple[str, Array]]:
+    """What each named tensor is, text by text."""
+    import onnx
+    import onnxruntime
+
+    watched = onnx.ModelProto.FromString(model.SerializeToString())
+    ends = {value.name for value in watched.graph.output}
+    watched.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names if name not in ends
+    )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.enable_mem_pattern = False  # every text has another length
+    session = onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    tokenizer = hf.tokenizer(source, hf.max_length(source))
+    inputs = [value.name for value in session.get_inputs()]
+    for text in track(data.read(texts, "calibration").texts[:samples], "calibrating"):
+        tokens = tokenizer.encode([text])
+        for name, values in zip(names, session.run(names, {key: tokens[key] for key in inputs})):
+            if not np.isfinite(values).all():
+                raise ModelError(f"{name} is not finite on {text[:80]!r}. Repeat the step that made the graph.")
+            yield name, values
