@@ -43,8 +43,7 @@ class Histogram:
         while top > self.edge:  # two bins become one
             self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(axis=1), np.zeros(BINS // 2, dtype=np.int64)])
             self.edge *= 2
-        if self.edge:
-            self.counts += np.histogram(sizes, bins=BINS, range=(0.0, self.edge))[0]
+        self.counts += np.histogram(sizes, bins=BINS, range=(0.0, self.edge or 1.0))[0]
 
     def clip(self, levels: int) -> float:
         """Where to cut off so that rounding to 0, 1, ... `levels` equal steps has the least squared error."""

@@ -73,7 +73,7 @@ def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
         try:
             model = version_converter.convert_version(model, OPSET)
         except (RuntimeError, version_converter.ConvertError) as error:
-            reason = str(error).strip().split("\n")[0]
+            reason = str(error).strip().split("\n")[0].rpartition("failed: ")[2]  # before it, a line of C++
             raise ModelError(
                 f"the graph (opset {version}) does not become opset {OPSET}: {reason}. Export it again."
             ) from None
@@ -81,18 +81,23 @@ def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def matrices(model: onnx.ModelProto, keep: Collection[str]) -> dict[str, list[str]]:
-    """The products with a constant matrix [K, N], but for those whose name holds a part in `keep`.
+def matrices(model: onnx.ModelProto, keep: Collection[str], block: int = 1) -> dict[str, list[str]]:
+    """The products with a constant matrix [K, N] whose rows blocks fill, but for names that hold a part in `keep`.
 
     By the name of what a product makes, since nodes are copied whenever a graph is edited: the names of its operands.
-
     Heads are not among them: a pooler's or classifier's Gemm sees one token of each text and decides the answer.
     Raises ModelError if there are none.
     """
-    constant = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
-    found = {node.output[0]: list(node.input) for node in _products(model, keep) if node.input[1] in constant}
+    rows = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    known = [node for node in _products(model, keep) if node.input[1] in rows]
+    found = {node.output[0]: list(node.input) for node in known if rows[node.input[1]] % block == 0}
     if not found:
-        raise ModelError("the graph multiplies with no matrix that may be quantized. Name fewer in `keep`.")
+        few = (
+            f"blocks of {block} rows fill none of its {len(known)} matrices: ask for smaller ones"
+            if known
+            else ("it multiplies with no matrix that may be quantized: name fewer in `keep`")
+        )
+        raise ModelError(f"nothing of this graph can be quantized, since {few}.")
     return found
 
 
@@ -199,12 +204,9 @@ def rounded_blocks(weight_KN: Array, block: int, floats: Float) -> tuple[Array, 
     """Whole numbers from -8 to 7 [K, N], and a scale for each block of rows of each column [G, N].
 
     Of CLIPS, each scale is the one with the least squared error: cutting off a block's largest weight makes all others
-    finer. Raises ModelError if blocks do not fill the rows.
+    finer. Blocks have to fill the rows.
     """
     rows, columns = weight_KN.shape
-    if rows % block:
-        fits = next(size for size in range(min(block, rows), 0, -1) if rows % size == 0)
-        raise ModelError(f"block_size {block} does not divide a matrix of {rows} rows. Ask for block_size={fits}.")
     weight_GBN = weight_KN.reshape(rows // block, block, columns)
     largest_GN = np.abs(weight_GBN).max(axis=1)
     best_GBN, best_GN = np.zeros_like(weight_GBN), np.ones_like(largest_GN)
@@ -379,7 +381,7 @@ def _rounding_pair(name: str, scale: str, zero: str, low: str, out: str) -> list
 def _cast(source: str, out: str, kind: str) -> onnx.NodeProto:
     import onnx
 
-    return onnx.helper.make_node("Cast", [source], [out], f"{out}/Cast", to=KINDS[kind].onnx)
+    return onnx.helper.make_node("Cast", [source], [out], f"{source}/{out}/Cast", to=KINDS[kind].onnx)
 
 
 def _cast_pair(source: str, out: str, kind: str) -> list[onnx.NodeProto]:

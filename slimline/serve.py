@@ -126,7 +126,10 @@ class OnnxPredictor(Predictor):
             self.session = ort.InferenceSession(str(path / "model.onnx"), options, providers=providers)
         except Exception as error:  # ONNX Runtime has a dozen unrelated classes for this
             reason = str(error).split("\n")[0]
-            raise ModelError(f"{path / 'model.onnx'} does not load: {reason}. Export it again.") from None
+            hint = "Export it again"
+            if "Could not find an implementation" in reason:  # as of bfloat16, on a processor
+                hint = "ONNX Runtime has no such arithmetic here: serve an engine built of it, or quantize.fp16 instead"
+            raise ModelError(f"{path / 'model.onnx'} does not load: {reason}. {hint}.") from None
         self.inputs = [node.name for node in self.session.get_inputs()]
         if unknown := sorted(set(self.inputs) - {"input_ids", "attention_mask", "token_type_ids"}):
             raise ModelError(f"{path} asks for the input {unknown[0]!r}, which no text has. Export it again.")

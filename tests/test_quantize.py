@@ -98,4 +98,6 @@ def test_the_guard_says_how_often_labels_changed():
     candidate = source.copy()
     candidate[0] = [0.0, 3.0]
     with pytest.raises(ModelError, match=r"agrees with its source on 75.0% of 4 texts .* worst on 'a'"):
-        parity.require_close(parity.compare(source, candidate), ["a", "b", "c", "d"], 0.97, 100)
+        parity.require_close(
+            parity.compare(source, candidate), ["a", "b", "c", "d"], int8_dynamic.Config(data="", agreement=0.97), ""
+        )
