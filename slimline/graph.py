@@ -10,7 +10,7 @@ import re
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,8 +38,11 @@ QUANTIZED = frozenset(
 )
 """Operators that only a quantized graph has."""
 
-PER_TOKEN = {"MatMul": (0,), "BiasGelu": (0,), "Gelu": (0,), "SkipLayerNormalization": (0, 1)}
-"""Operators that treat every token alone, and which of their inputs [B, S, H] run over tokens."""
+PER_TOKEN = {
+    "MatMul": (0,), "BiasGelu": (0,), "Gelu": (0,), "SkipLayerNormalization": (0, 1), "LayerNormalization": (0,),
+    "Erf": (0,), "Add": (0, 1), "Mul": (0, 1), "Div": (0, 1),
+}  # fmt: skip
+"""Operators that treat every token alone, and which of their inputs [B, S, H] run over tokens if not constant."""
 
 LAYER = re.compile(r"(?:^|[./])(?:layers?|h|blocks?)[./](\d+)(?=[./]|$)")
 """The number of a layer in the name of a node or a weight, such as /encoder/layer.3/output/dense/MatMul."""
@@ -129,7 +132,8 @@ def first_token_only(model: onnx.ModelProto) -> int:
     """Let the last layer work on the one token that the head reads: same numbers, less to compute.
 
     A classification head takes token 0 of [B, S, H]. What stands before it and treats tokens one by one (the
-    last layer's output projection and feed-forward) need not see the rest: the pick moves up to the attention.
+    last layer's output projection and feed-forward) need not see the rest: the pick moves up to the attention. Fused
+    or not, it is the same tokens.
     Returns how many nodes now work on one token; 0 where the pattern is not there.
     """
     import numpy as np
@@ -144,7 +148,11 @@ def first_token_only(model: onnx.ModelProto) -> int:
     picks = [node for node in graph.node if _picks_first_token(node, model)]
     if len(picks) != 1:
         return 0
-    cone, edge = _per_token_cone(picks[0], producer, users)
+    constants = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:  # and what is computed of them alone: the exporter shares equal biases by Identity
+        if constants.issuperset(node.input):
+            constants.update(node.output)
+    cone, edge = _per_token_cone(picks[0], producer, users, constants)
     if not cone:
         return 0
     graph.initializer.append(onnx.numpy_helper.from_array(np.array([0], np.int64), "first_token"))
@@ -180,7 +188,10 @@ def quiet() -> Iterator[None]:
 
 
 def _per_token_cone(
-    pick: onnx.NodeProto, producer: dict[str, onnx.NodeProto], users: dict[str, list[onnx.NodeProto]]
+    pick: onnx.NodeProto,
+    producer: dict[str, onnx.NodeProto],
+    users: dict[str, list[onnx.NodeProto]],
+    constants: Collection[str],
 ) -> tuple[list[onnx.NodeProto], dict[str, str]]:
     """The per-token nodes that only `pick` depends on, and new names for what enters them."""
     inside = {id(pick)}
@@ -190,9 +201,10 @@ def _per_token_cone(
         while pending:
             name = pending.pop()
             node = producer.get(name)
-            if node is None or name in edge:
+            if node is None or name in edge or name in constants:
                 continue
             fits = node.op_type in PER_TOKEN and len([o for o in node.output if o]) == 1
+            fits = fits and (node.op_type != "MatMul" or node.input[1] in constants)  # not queries with keys
             if fits and all(id(user) in inside for user in users[name]):
                 if id(node) not in inside:
                     inside.add(id(node))

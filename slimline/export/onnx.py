@@ -41,7 +41,7 @@ TOKENIZER = (
 class Config(BaseConfig):
     data: Stored = Field(description="calibration texts on which graph and source must agree")
     fuse: bool = Field(True, description="merge attention, layer norm and GELU into one node each")
-    first_token: bool = Field(True, description="compute only the head's token in the last layer (with fuse)")
+    first_token: bool = Field(True, description="compute only the head's token in the last layer")
     opset: int = Field(17, ge=17, le=20, description="version of the ONNX operators")
     texts: int = Field(64, ge=2, description="how many texts the parity guard compares")
     tolerance: float = Field(1e-3, gt=0, le=0.1, description="allowed, as a fraction of the largest logit")
@@ -58,10 +58,9 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     with graph.quiet():
         trace(model, out / graph.FILE, config.opset)
         result = graph.read(out / graph.FILE)
-        one_token = 0
         if config.fuse:
             result = fuse(result, model)
-            one_token = graph.first_token_only(result) if config.first_token else 0
+        one_token = graph.first_token_only(result) if config.first_token else 0
     graph.write(result, out / graph.FILE)
     difference = parity.compare(expected, parity.onnx_logits(out / graph.FILE, tokenizer, texts))
     parity.require_equal(difference, texts, config.tolerance)
