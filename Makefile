@@ -65,6 +65,9 @@ lock: $(VENV)/run.stamp ## Write requirements/*.txt anew (LOCK_FLAGS=--upgrade f
 benchmarks: $(VENV)/run.stamp ## Measure the table of the README again
 	$(BIN)/python -m benchmarks
 
+gpu-check: ## Check and time engines on this machine's GPU, against PyTorch and ONNX Runtime; needs no MLflow
+	$(or $(wildcard $(BIN)/python),python3) -m benchmarks.gpu
+
 clean: ## Remove the virtual environment and caches; stores and reports stay
 	rm -rf $(VENV) build dist *.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -78,4 +81,4 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp requirements/dev.txt
 	requirements/install.sh dev
 	@touch $@
 
-.PHONY: help run test images test-containers lint ui compile lock benchmarks clean
+.PHONY: help run test images test-containers lint ui compile lock benchmarks gpu-check clean

@@ -1,0 +1,64 @@
+"""The GPU's benchmark, rehearsed: what a processor can run is measured, and the rest is named."""
+
+import pytest
+
+from benchmarks import gpu
+from slimline import bench, engine
+from slimline.errors import ConfigError
+from tests.test_export import data, make_model  # noqa: F401
+
+ROW = {"p50_ms": 1.0, "texts_per_s": 1.0, "ratio": 1.0, "ratio_low": 0.9, "ratio_high": 1.1}
+
+
+@pytest.fixture(scope="module")
+def rehearsed(data, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("gpu")
+    return gpu.check(make_model(folder / "hf"), data, folder, [1, 3], 8, gpu.Clock(600), "cpu")
+
+
+@pytest.mark.skipif(engine.gpu() is not None, reason="says what a machine without a GPU leaves out")
+def test_a_rehearsal_times_what_there_is_and_names_what_there_is_not(rehearsed):
+    there = {"torch eager fp32", "ONNX Runtime CPU fp32"}
+    assert all(set(rows) == there for rows in rehearsed["times"].values())
+    assert set(rehearsed["times"]) == {1, 3}
+    assert set(rehearsed["skipped"]) == {gpu.RIVAL} | {f"engine {name}" for name in gpu.ENGINES}
+    assert "has no CUDAExecutionProvider" in rehearsed["skipped"][gpu.RIVAL]
+
+
+def test_the_page_names_the_machine_every_variant_and_every_gap(rehearsed):
+    told = gpu.page({"machine": bench.machine(), "device": "cpu", "tokens": 8, "models": {"tiny": rehearsed}})
+    assert told.startswith("# A rehearsal on a processor") and bench.machine()["cpu"] in told
+    assert "| 3 | ONNX Runtime CPU fp32 |" in told
+    assert told.count("- Not measured: ") == len(rehearsed["skipped"])
+
+
+def test_every_engine_names_a_technique_that_there_is():
+    from slimline import technique
+
+    for method, options in gpu.ENGINES.values():
+        if method != "none":
+            technique.configure(technique.find(f"quantize.{method}"), {"data": "texts", **options})
+
+
+def test_time_that_is_over_skips():
+    clock = gpu.Clock(0.0)
+    skipped = {}
+    with gpu.leaving_out("late", skipped):
+        clock.require(-1.0)
+        skipped["late"] = "was not skipped"
+    assert skipped == {"late": "no time was left for it (--minutes)"}
+
+
+def test_where_engines_are_not_proven_faster_the_page_says_so():
+    rows = {gpu.RIVAL: ROW, "engine fp16": ROW, "engine int8": ROW | {"ratio_low": 1.2}}
+    assert not list(gpu.slower({8: rows}))
+    del rows["engine int8"]
+    assert list(gpu.slower({8: rows})) == [
+        "- At 8 texts no engine is proven faster than ONNX Runtime CUDA fp16 (0.90x at worst)."
+    ]
+
+
+@pytest.mark.skipif(bool(bench.machine()["gpu"]), reason="says what a machine without a GPU is told")
+def test_without_a_gpu_it_is_said():
+    with pytest.raises(ConfigError, match="no NVIDIA GPU"):
+        gpu.main([])
