@@ -57,9 +57,7 @@ def started(model: Model, out: Path) -> tuple[str, str]:
 def check(model: Model) -> None:
     """Raise ConfigError for a missing storage uri, or a name that is none in Kubernetes."""
     if not model.storage_uri:
-        raise ConfigError(
-            "kserve needs to know where the cluster finds the model. Say so: --storage-uri s3://bucket/path."
-        )
+        raise ConfigError("kserve must be told where the cluster will find the model: --storage-uri s3://bucket/path.")
     if not URI.fullmatch(model.storage_uri):
         raise ConfigError(
             f"{model.storage_uri!r} is no storage uri of KServe. Give one such as s3://bucket/path or pvc://claim/path."
