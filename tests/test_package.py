@@ -577,6 +577,12 @@ def test_what_is_no_storage_uri_is_refused(uri, simple):
     assert f"{uri!r} is no storage uri of KServe" in refused(simple, "kserve", storage_uri=uri)
 
 
+@pytest.mark.parametrize("uri", ["pvc://claim/words", "file:///mnt/words", "gs://bucket"])
+def test_every_kind_of_storage_that_kserve_knows_is_taken(uri, simple, tmp_path):
+    package.write(str(simple), "kserve", tmp_path / "out", storage_uri=uri)
+    assert f"storageUri: {uri}\n" in (tmp_path / "out" / "inferenceservice.yaml").read_text()
+
+
 def test_a_storage_uri_for_another_system_is_refused(simple):
     assert (
         refused(simple, storage_uri=URI) == f"--storage-uri {URI} is for kserve, and this is for triton. Leave it out."

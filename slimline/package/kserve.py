@@ -21,7 +21,8 @@ from slimline.package import Model, plain, triton
 SERVICE, REPOSITORY, FOLDER = "inferenceservice.yaml", "repository", "model"
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,51}[a-z0-9])?")
 """What KServe takes, and short enough for <name>-predictor to be a DNS label, which has 63 characters at most."""
-URI = re.compile(r"(s3|gs|hdfs|webhdfs|https?|pvc|file|hf|oci)://[^\s/]\S*")
+URI = re.compile(r"(?:file:///|(?:s3|gs|hdfs|webhdfs|https?|pvc|hf|oci)://[^\s/])\S*")
+"""The schemes that KServe's admission lets through; it takes anything else for a path in the image."""
 GIB = 1 << 30
 
 
