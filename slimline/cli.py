@@ -243,12 +243,13 @@ def package(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A folder that does not exist yet.")] = None,
     name: Annotated[str, typer.Option("-n", "--name", help="What it is served as, if not by its own name.")] = "",
     storage_uri: Annotated[str, typer.Option(help="For kserve: where the cluster will find the model.")] = "",
+    runtime_version: Annotated[str, typer.Option(help="For kserve: the tag of the runtime's image.")] = "",
     json_: AsJson = False,
 ) -> None:
     """Write a model in the form that a serving system loads."""
     from slimline import package as packages
 
-    made = packages.write(ref, target, output, name, storage_uri)
+    made = packages.write(ref, target, output, name, storage_uri, runtime_version)
     if json_:
         out.print_json(json.dumps({**made._asdict(), "folder": str(made.folder)}))
         return

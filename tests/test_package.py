@@ -230,6 +230,14 @@ def test_the_tokenizer_step_brings_its_library_which_needs_nothing_else(reposito
     assert done.stdout.split(maxsplit=1) == [str(folder / "tokenizers" / "__init__.py"), "[2, 4, 3]\n"]
 
 
+def test_a_tokenizers_library_for_one_python_only_is_not_copied(simple, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    found = types.SimpleNamespace(origin=str(tmp_path / "here" / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    with pytest.raises(ConfigError, match="built for one Python only, not for Triton's. Install PyPI's own"):
+        package.write(str(simple), "triton", tmp_path / "out")
+
+
 def test_what_must_be_answered_alone_is_sent_alone(repository, tmp_path):
     source = words.onnx_model(tmp_path / "m", history=("quantize.int8_dynamic",))
     configs = repository(source).configs
@@ -348,10 +356,11 @@ def test_a_schema_without_a_key_would_say_so(kserve):
         typed({"name": "triton", "versoin": "2"}, "V1beta1ModelFormat", kserve)
 
 
-def test_an_engine_asks_for_a_gpu(kserve, tmp_path):
+def test_an_engine_asks_for_a_gpu_and_the_image_that_has_its_tensorrt(kserve, tmp_path):
     source = built(tmp_path / "m", version_compatible=True)
-    package.write(str(source), "kserve", tmp_path / "out", storage_uri=URI)
+    package.write(str(source), "kserve", tmp_path / "out", storage_uri=URI, runtime_version="25.03-py3")
     model = service(tmp_path / "out", kserve).spec.predictor.model
+    assert model.runtime_version == "25.03-py3"
     assert model.resources.limits["nvidia.com/gpu"] == model.resources.requests["nvidia.com/gpu"] == "1"
     assert model.args == ["--backend-config=tensorrt,version-compatible=true"]
 
@@ -572,6 +581,16 @@ def test_kserve_must_be_told_where_the_model_will_be(simple):
     assert said == "kserve must be told where the cluster will find the model: --storage-uri s3://bucket/path."
 
 
+def test_an_engine_is_not_left_to_the_image_that_kserve_chooses(tmp_path):
+    said = refused(built(tmp_path / "m"), "kserve", storage_uri=URI)
+    assert "release of Triton that has its TensorRT, 10.9.0.34; KServe's own choice is older. Name the tag" in said
+
+
+def test_what_is_no_tag_of_an_image_is_refused(simple):
+    said = refused(simple, "kserve", storage_uri=URI, runtime_version="a tag")
+    assert said == "'a tag' is no tag of an image. Give one such as 26.09-py3."
+
+
 @pytest.mark.parametrize("uri", ["models/words", "s3:/bucket", "s3://", "ftp://host/path", "s3://a b"])
 def test_what_is_no_storage_uri_is_refused(uri, simple):
     assert f"{uri!r} is no storage uri of KServe" in refused(simple, "kserve", storage_uri=uri)
@@ -583,7 +602,8 @@ def test_every_kind_of_storage_that_kserve_knows_is_taken(uri, simple, tmp_path)
     assert f"storageUri: {uri}\n" in (tmp_path / "out" / "inferenceservice.yaml").read_text()
 
 
-def test_a_storage_uri_for_another_system_is_refused(simple):
+def test_an_option_for_another_system_is_refused(simple):
+    assert "--runtime-version 1 is for kserve, and this is for vllm" in refused(simple, "vllm", runtime_version="1")
     assert (
         refused(simple, storage_uri=URI) == f"--storage-uri {URI} is for kserve, and this is for triton. Leave it out."
     )

@@ -38,7 +38,9 @@ class Model(NamedTuple):
     name: str
     version: int
     storage_uri: str = ""
-    """Where a cluster will find what is written; kserve alone asks for it."""
+    """Where a cluster will find what is written. This and the next are for kserve alone."""
+    runtime_version: str = ""
+    """The tag of the runtime's image; empty: the cluster's own."""
 
 
 class Package(NamedTuple):
@@ -54,16 +56,20 @@ class Package(NamedTuple):
     """The command that starts it."""
 
 
-def write(ref: str, target: str, out: Path | None = None, name: str = "", storage_uri: str = "") -> Package:
+def write(
+    ref: str, target: str, out: Path | None = None, name: str = "", storage_uri: str = "", runtime_version: str = ""
+) -> Package:
     """Package the model behind a ref into a folder that does not exist yet (default: <name>-<target> here).
 
-    Raises ConfigError for a target, a name or a uri that cannot be, ModelError for a model that the target cannot load.
+    Raises ConfigError for a target, a name or an option that cannot be, ModelError for a model that the target cannot
+    load.
     """
     if target not in TARGETS:
         raise ConfigError(f"nothing is packaged for {target!r}. There is: {', '.join(TARGETS)}.")
-    if storage_uri and target != "kserve":
-        raise ConfigError(f"--storage-uri {storage_uri} is for kserve, and this is for {target}. Leave it out.")
-    model = read(ref, name)._replace(storage_uri=storage_uri)
+    for option, value in (("--storage-uri", storage_uri), ("--runtime-version", runtime_version)):
+        if value and target != "kserve":
+            raise ConfigError(f"{option} {value} is for kserve, and this is for {target}. Leave it out.")
+    model = read(ref, name)._replace(storage_uri=storage_uri, runtime_version=runtime_version)
     out = out or Path(f"{model.name}-{target}")
     module = importlib.import_module(f"slimline.package.{target}")
     with fresh(out) as folder:

@@ -23,6 +23,7 @@ NAME = re.compile(r"[a-z]([-a-z0-9]{0,51}[a-z0-9])?")
 """What KServe takes, and short enough for <name>-predictor to be a DNS label, which has 63 characters at most."""
 URI = re.compile(r"(?:file:///|(?:s3|gs|hdfs|webhdfs|https?|pvc|hf|oci)://[^\s/])\S*")
 """The schemes that KServe's admission lets through; it takes anything else for a path in the image."""
+TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 GIB = 1 << 30
 
 
@@ -56,7 +57,7 @@ def started(model: Model, out: Path) -> tuple[str, str]:
 
 
 def check(model: Model) -> None:
-    """Raise ConfigError for a missing storage uri, or a name that is none in Kubernetes."""
+    """Raise ConfigError for what is missing, or is no uri, name or tag in Kubernetes."""
     if not model.storage_uri:
         raise ConfigError("kserve must be told where the cluster will find the model: --storage-uri s3://bucket/path.")
     if not URI.fullmatch(model.storage_uri):
@@ -68,10 +69,19 @@ def check(model: Model) -> None:
             f"{model.name!r} cannot name a service in Kubernetes. Name it with -n: a small letter first, then at most "
             "52 small letters, digits and '-', no '-' at the end."
         )
+    if model.manifest.format == "tensorrt" and not model.runtime_version:
+        version = model.manifest.runtime["version"]
+        raise ConfigError(
+            f"an engine needs the release of Triton that has its TensorRT, {version}; KServe's own choice is older. "
+            "Name the tag of that image: --runtime-version 26.09-py3, for example."
+        )
+    if model.runtime_version and not TAG.fullmatch(model.runtime_version):
+        raise ConfigError(f"{model.runtime_version!r} is no tag of an image. Give one such as 26.09-py3.")
 
 
 def service(model: Model) -> dict[str, Any]:
     """The InferenceService (serving.kserve.io/v1beta1)."""
+    tag = {"runtimeVersion": model.runtime_version} if model.runtime_version else {}
     origin = {"slimline/ref": model.ref, "slimline/digest": model.manifest.digest}
     labels = {"slimline/labels": json.dumps(model.manifest.labels, ensure_ascii=False)}
     return {
@@ -88,6 +98,7 @@ def service(model: Model) -> dict[str, Any]:
                 },
                 "model": {
                     **(hugging_face(model) if model.manifest.format == "hf" else on_triton(model)),
+                    **tag,
                     "storageUri": model.storage_uri,
                     "resources": resources(model),
                     "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
