@@ -237,6 +237,29 @@ def predict(
 
 
 @app.command()
+def package(
+    ref: Annotated[str, typer.Argument(help="Ref of a model.")],
+    target: Annotated[str, typer.Option("--for", help="What will serve it: triton, kserve or vllm.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="A folder that does not exist yet.")] = None,
+    name: Annotated[str, typer.Option("-n", "--name", help="What it is served as, if not by its own name.")] = "",
+    storage_uri: Annotated[str, typer.Option(help="For kserve: where the cluster will find the model.")] = "",
+    runtime_version: Annotated[str, typer.Option(help="For kserve: the tag of the runtime's image.")] = "",
+    json_: AsJson = False,
+) -> None:
+    """Write a model in the form that a serving system loads."""
+    from slimline import package as packages
+
+    made = packages.write(ref, target, output, name, storage_uri, runtime_version)
+    if json_:
+        out.print_json(json.dumps({**made._asdict(), "folder": str(made.folder)}))
+        return
+    out.print(f"Written  {made.folder} ({made.name}, version {made.version})", soft_wrap=True, markup=False)
+    if made.before:
+        out.print(f"First    {made.before}", soft_wrap=True, markup=False)
+    out.print(f"Start    {made.start}", soft_wrap=True, markup=False)
+
+
+@app.command()
 def promote(
     name: Annotated[str, typer.Argument(help="Registered model.")],
     version: Annotated[int | None, typer.Argument(help="Its version; without one, the challenger.")] = None,

@@ -43,9 +43,7 @@ class Predictor(ABC):
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.labels = manifest.labels
-        # Dynamically quantized activations share one scale in a batch: an answer would depend on its neighbours.
-        alone = any(stage.technique == "quantize.int8_dynamic" for stage in manifest.history)
-        self.batch = 1 if alone else BATCH
+        self.batch = batch_size(manifest)
         self.tokenizer = hf.tokenizer(path, hf.max_length(path))
 
     @abstractmethod
@@ -168,6 +166,14 @@ def load(path: Path, threads: int | None = None) -> Predictor:
         return TensorRTPredictor(path, manifest)
     kind = OnnxPredictor if manifest.format == "onnx" else TorchPredictor
     return kind(path, manifest, threads)
+
+
+def batch_size(manifest: Manifest) -> int:
+    """How many texts a model may answer together: BATCH, or one if its activations are quantized dynamically.
+
+    Those share one scale in a batch, so that an answer would depend on its neighbours.
+    """
+    return 1 if any(stage.technique == "quantize.int8_dynamic" for stage in manifest.history) else BATCH
 
 
 def softmax(logits_BL: Floats) -> Floats:
