@@ -1,6 +1,7 @@
 """Packed weights are read as compressed-tensors means them; what is not read is refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -110,6 +111,16 @@ def test_groups_that_do_not_fill_a_matrix_are_named_with_a_size_that_does(tmp_pa
         llmcompressor.quantizable(model, 32)
     assert str(e.value).endswith("Ask for group_size=24.")
     assert len(llmcompressor.quantizable(model, 24)) == 3 * 6  # query, key, value, mixed, up and down of each layer
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_layers_are_found_whatever_the_encoder_around_them_is_called(family, tmp_path):
+    model = hf.load(make_tiny(family, tmp_path / "m"))
+    pattern = re.compile(llmcompressor.target(model).removeprefix("re:"))
+    linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    found = [name for name in linear if pattern.match(name)]
+    assert found == llmcompressor.quantizable(model, 8) and len(found) == 18
+    assert all(pattern.match(f"bert.{name.partition('.')[2]}") for name in found)
 
 
 def test_without_the_library_the_image_that_has_it_is_named(tmp_path):

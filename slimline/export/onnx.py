@@ -28,14 +28,6 @@ if TYPE_CHECKING:
 NEEDS, GIVES = "hf", "onnx"
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 class Config(BaseConfig):
@@ -64,7 +56,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     graph.write(result, out / graph.FILE)
     difference = parity.compare(expected, parity.onnx_logits(out / graph.FILE, tokenizer, texts))
     parity.require_equal(difference, texts, config.tolerance)
-    for name in TOKENIZER:
+    for name in hf.TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     (out / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -7,7 +7,6 @@ weights in float16, which the kernels for those take.
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
 from pathlib import Path
@@ -26,7 +25,7 @@ def write(model: Model, out: Path) -> None:
     """Write the folder, the arguments and the manifest of the source. Raises ModelError for what vLLM cannot load."""
     values = plain.require(model, "vLLM")
     check(model, values)
-    plain.write(model, unanchored(values), out / FOLDER)
+    plain.write(model, values, out / FOLDER)
     shutil.copyfile(model.path / artifact.MANIFEST, out / artifact.MANIFEST)
     (out / ARGUMENTS).write_text(readable(model, arguments(model, values)), encoding="utf-8")
 
@@ -56,18 +55,6 @@ def check(model: Model, values: dict[str, Any]) -> None:
                 f"{model.ref} has scales for {size} columns each, and vLLM has kernels for "
                 f"{', '.join(map(str, GROUP_SIZES))}. Quantize it again with such a group_size."
             )
-
-
-def unanchored(values: dict[str, Any]) -> dict[str, Any]:
-    """The config with the names of packed layers beginning anywhere: vLLM calls what is in a RoBERTa `bert.` too."""
-    groups = values.get("quantization_config", {}).get("config_groups", {})
-    loose = {
-        key: group | {"targets": [re.sub(r"^re:\^\w+\[\.\]", "re:.*", target) for target in group.get("targets", [])]}
-        for key, group in groups.items()
-    }
-    return (
-        values | {"quantization_config": values["quantization_config"] | {"config_groups": loose}} if loose else values
-    )
 
 
 def arguments(model: Model, values: dict[str, Any]) -> dict[str, Any]:

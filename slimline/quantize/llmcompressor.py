@@ -76,6 +76,14 @@ def quantizable(model: torch.nn.Module, group_size: int) -> list[str]:
     return [name for name, _ in found]
 
 
+def target(model: torch.nn.Module) -> str:
+    """What llm-compressor, and vLLM when it loads the result, find the layers by.
+
+    It may begin anywhere: what transformers calls `roberta.encoder` is `bert.encoder` in vLLM.
+    """
+    return f"re:.*{hf.layout(model).layers.replace('.', '[.]')}[.].*"
+
+
 def largest_divisor(widths: list[int], limit: int) -> int:
     """The largest number up to a limit that divides all of these."""
     return next(n for n in range(limit, 0, -1) if all(width % n == 0 for width in widths))
@@ -96,8 +104,7 @@ def weigh(model: Any, tokenizer: hf.Tokenizer, texts: list[str], source: Path, c
             "its own with `pip install 'slimline[llm]'`, or run the step in the image slimline-llm."
         ) from None
     arguments = QuantizationArgs(num_bits=config.bits, group_size=config.group_size, strategy="group", symmetric=True)
-    layers = f"re:^{model.base_model_prefix}[.]{hf.layout(model).layers.replace('.', '[.]')}[.].*"
-    scheme = QuantizationScheme(targets=[layers], weights=arguments)
+    scheme = QuantizationScheme(targets=[target(model)], weights=arguments)
     rows = [{k: v[0].tolist() for k, v in hf.tensors(tokenizer.encode([text]), model).items()} for text in texts]
     model.config._name_or_path = str(source)  # the library asks the folder's config.json what it has in its hands
     oneshot(
