@@ -5,9 +5,10 @@ set -euo pipefail
 engine=$1 name=$2
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
-debootstrap --variant=minbase --include=python3,ca-certificates bookworm "$root" >&2
+debootstrap --variant=minbase --include=python3,ca-certificates bookworm "$root/new" >"$root/log" 2>&1 ||
+    { tail -n 20 "$root/log" >&2; exit 1; }
 # Documentation, translations, time zones and other character sets; what is left runs Python and can still install packages.
-tar --directory "$root" --create --exclude='./var/cache/apt/*' --exclude='./var/lib/apt/lists/*' --exclude='./var/log/*' \
+tar --directory "$root/new" --create --exclude='./var/cache/apt/*' --exclude='./var/lib/apt/lists/*' --exclude='./var/log/*' \
     --exclude='./usr/share/doc/*' --exclude='./usr/share/man/*' --exclude='./usr/share/locale/*' \
     --exclude='./usr/share/info/*' --exclude='./usr/share/lintian/*' --exclude='./usr/lib/python3*/lib2to3/*' \
     --exclude='./usr/lib/python3*/pydoc_data/*' --exclude='./usr/lib/python3*/test/*' \

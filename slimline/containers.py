@@ -248,20 +248,28 @@ def present(client: Any, image: str) -> str:
     if _gpu() and "slimline-cpu" in image:
         with contextlib.suppress(docker.errors.ImageNotFound):
             return str(client.images.get(image.replace("slimline-cpu", "slimline-gpu")).id)
-    try:
+    with contextlib.suppress(docker.errors.ImageNotFound):
         return str(client.images.get(image).id)
-    except docker.errors.ImageNotFound:
-        pass
-    try:
-        return str(client.images.pull(image).id)
-    except docker.errors.ImageNotFound:
-        reason = "no registry has it"
-    except docker.errors.APIError as error:
-        reason = str(error.explanation or error).strip().split("\n")[0]
+    reason = _pull(client, image)
+    with contextlib.suppress(docker.errors.ImageNotFound):
+        return str(client.images.get(image).id)
     raise StoreError(
-        f"the image {image} is not on this machine and cannot be pulled: {reason}. Build it with `make images`, or "
-        "sign in to its registry."
+        f"the image {image} is not on this machine and cannot be pulled: {reason or 'no registry has it'}. "
+        "Build it with `make images`, or sign in to its registry."
     )
+
+
+def _pull(client: Any, image: str) -> str:
+    """Why an image cannot be pulled; empty if it was. Docker says so by status, Podman in what it streams."""
+    import docker
+
+    try:
+        for line in client.api.pull(image, stream=True, decode=True):
+            if "error" in line:
+                return str(line["error"]).strip().split("\n")[0]
+    except docker.errors.APIError as error:
+        return str(error.explanation or error).strip().split("\n")[0]
+    return ""
 
 
 def hand_over(path: Path) -> None:

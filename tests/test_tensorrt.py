@@ -10,7 +10,7 @@ import onnx
 import pytest
 from typer.testing import CliRunner
 
-from slimline import artifact, cli, engine, graph, probe, serve, step
+from slimline import artifact, cli, engine, graph, precision, probe, serve, step
 from slimline.errors import ConfigError, ModelError
 from slimline.evaluate import latency
 from slimline.export import onnx as export_onnx
@@ -117,6 +117,31 @@ def test_a_decoder_takes_a_prompt_at_once_and_then_a_token_at_a_time(folder, dat
     assert sorted(plan.profiles(bytes_)) == sorted(asked)
     assert set(record.outputs) == {"logits"} | {f"present.{i}.{k}" for i in range(2) for k in ("key", "value")}
     assert record.outputs["present.0.key"].shape == (-1, 2, -1, 8)
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "int8", "fp8", "int4"])
+def test_a_decoder_works_in_the_types_that_precision_writes(kind, folder, data):
+    file = graphs.decoder(folder / graph.FILE)
+    model = precision.upgrade(graph.read(file))
+    floats = kind if kind in ("fp16", "bf16") else "fp16"
+    if kind != floats:
+        weighed = precision.matrices(model, ())
+        if kind != "int4":
+            entering = dict.fromkeys(precision.entering(weighed, {}), 4.0)
+            precision.quantize_activations(model, weighed, entering, kind, floats)
+        precision.quantize_weights(model, weighed, kind, floats, 16)
+    precision.lower(model, floats)
+    graph.write(model, file)
+    _, record, _ = build(folder, data, max_batch=4, opt_batch=1, max_length=32, compute_capabilities=("8.9",))
+    rest = {"fp16": "half", "bf16": "bf16"}[floats]
+    said = {"fp16": "half", "int4": "half x int4"}.get(kind, kind)
+    for i in range(2):
+        scope = f"/model/layers.{i}/attn"
+        assert {record.layers[f"{scope}/{name}/MatMul"] for name in ("query", "key", "value", "out")} == {said}
+        assert {record.layers[f"{scope}/{name}/MatMul"] for name in ("scores", "mix")} == {rest}
+    assert record.layers["/head/MatMul"] == rest  # what makes the answer stays
+    assert record.inputs["past_key_values.0.key"].dtype == record.outputs["present.1.value"].dtype == "float"
+    assert len(record.profiles) == 2
 
 
 def test_the_same_build_leaves_the_same_bytes(folder, data):

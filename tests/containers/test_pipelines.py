@@ -7,6 +7,13 @@ import yaml
 from slimline import artifact, store
 from tests.containers.conftest import CPU, LLM, TENSORRT, slimline
 
+VALIDATE = """
+import json, sys
+from compressed_tensors.quantization import QuantizationConfig
+(scheme,) = QuantizationConfig.model_validate(json.loads(sys.argv[1])).config_groups.values()
+print(scheme.weights.num_bits, scheme.weights.strategy.value, scheme.weights.group_size)
+"""
+"""Reads a config.json's quantization_config as the format's own library does; other fields are refused."""
 NOT_THERE = "import importlib.util as u, sys; print(*[n for n in sys.argv[1:] if u.find_spec(n)])"
 
 
@@ -30,7 +37,7 @@ def test_no_image_has_what_the_others_need(inside):
     assert there[TENSORRT] == ["tensorrt_rtx", "onnxruntime"]
 
 
-def test_steps_that_disagree_about_transformers_make_one_model(workplace):
+def test_steps_that_disagree_about_transformers_make_one_model(workplace, inside):
     options = {"group_size": 16, "samples": 32, "texts": 32, "agreement": 0.5, "kl": 5.0}
     recipe(
         workplace, name="tiny", margin=0.2, train_epochs=3, quantize_options=options, latency_options={"batches": 6},
@@ -43,8 +50,10 @@ def test_steps_that_disagree_about_transformers_make_one_model(workplace):
     trained, quantized = made.history[-2:]
     assert (trained.technique, quantized.technique) == ("train.finetune", "quantize.llmcompressor")
     assert made.weights_bytes < 0.6 * quantized.metrics["size_before_bytes"]
-    config = json.loads((store.fetch(f"models:/tiny/{told['version']}") / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    packing = json.loads((store.fetch(f"models:/tiny/{told['version']}") / "config.json").read_text())
+    packing = packing["quantization_config"]
+    assert packing["quant_method"] == "compressed-tensors"
+    assert inside(LLM, "python", "-c", VALIDATE, json.dumps(packing)).strip() == "4 group 16"
     shown = slimline("predict", f"models:/tiny/{told['version']}", "a fine film", "--json", cwd=workplace)
     assert json.loads(shown.stdout)[0]["label"] in ("negative", "positive")
 

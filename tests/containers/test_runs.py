@@ -1,10 +1,12 @@
 """Whole runs, each step in a container: as nobody, on a read-only root, with no network but the store's."""
 
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -111,6 +113,42 @@ def test_a_folder_is_store_enough_and_its_steps_have_no_network(client, workplac
     done = store.client().search_runs([str(store.experiment("optimize"))], "tags.slimline.technique = 'fetch.local'")
     assert [run.info.status for run in done] == ["FINISHED"]
     assert steps(client) == []
+
+
+@pytest.fixture
+def refusing_registry(tmp_path, monkeypatch):
+    """A registry that lets nobody in, reached without TLS. Yields its host and port."""
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", 'Basic realm="registry"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    place = f"localhost:{server.server_port}"
+    settings = tmp_path / "registries.conf"  # Podman's; Docker takes localhost without TLS by itself
+    settings.write_text(f'[[registry]]\nlocation = "{place}"\ninsecure = true\n')
+    monkeypatch.setenv("CONTAINERS_REGISTRIES_CONF", str(settings))
+    yield place
+    server.shutdown()
+
+
+def test_a_registry_that_refuses_is_named_with_its_reason(client, workplace, refusing_registry):
+    image = f"{refusing_registry}/slimline-cpu:0.1.0"
+    file = changed(workplace, lambda executors: executors["exec-fetch"]["container"].update(image=image))
+    without_engine = {k: v for k, v in os.environ.items() if k != "DOCKER_HOST"}  # a new one reads the settings
+    ran = slimline("run", file, "-f", "recipe.yaml", "--docker", cwd=workplace, env=without_engine)
+    assert ran.returncode == 5 and "Traceback" not in ran.stderr
+    assert f"the image {image} is not on this machine and cannot be pulled: " in ran.stderr
+    assert "unauthorized" in ran.stderr.lower() and "sign in to its registry" in ran.stderr
 
 
 def test_a_step_that_fails_fast_is_a_failure_and_says_why(client, workplace):
