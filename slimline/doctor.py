@@ -38,6 +38,8 @@ ISA = {
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "kfp", "mlflow", "boto3")
 
+TENSORRT = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx-cu12")
+
 EXTRAS = {
     "train": (("torch", "transformers"), "train, distill and prune cannot run"),
     "onnx": (("onnx", "onnxruntime", "onnxscript"), "export and quantize cannot run, nor can an ONNX model be served"),
@@ -64,6 +66,8 @@ class Findings(BaseModel):
     gpu_in_torch: bool = False
     versions: dict[str, str | None] = {}
     providers: tuple[str, ...] = Field((), description="execution providers of ONNX Runtime")
+    tensorrt: tuple[str, ...] = Field((), description="runtimes that build and run engines, with versions")
+    containers: str = Field("", description="the engine that `slimline run --docker` would use, with its version")
     missing: dict[str, str] = Field({}, description="extra that is not installed -> what cannot be done")
     store: str = Field("", description="the tracking store, if it answered")
     store_problem: str = ""
@@ -79,6 +83,8 @@ class Findings(BaseModel):
             "gpu": "; ".join(self.gpus) or "none",
             "versions": ", ".join(f"{name} {version or 'missing'}" for name, version in self.versions.items()),
             "providers": ", ".join(self.providers) or "none",
+            "tensorrt": ", ".join(self.tensorrt) or "none",
+            "containers": self.containers or "none",
             "store": self.store or self.store_problem or "not asked",
         }
         return [f"{name:<10} {value}" for name, value in facts.items()] + [
@@ -107,6 +113,8 @@ def examine(store: Callable[[], str] | None = None) -> Findings:
         gpu_in_torch=bool(gpus) and _torch_sees_gpu(),
         versions={name: version(name) for name in PACKAGES},
         providers=_providers(),
+        tensorrt=tuple(f"{name} {found}" for name in TENSORRT if (found := version(name))),
+        containers=_container_engine(),
         missing={extra: loss for extra, (modules, loss) in EXTRAS.items() if not all(map(_installed, modules))},
         store=where,
         store_problem=problem,
@@ -121,6 +129,10 @@ def consequences(found: Findings) -> tuple[str, ...]:
     ]
     if found.store_problem:
         said.append("Nothing can be stored or reused until the store answers.")
+    if not found.containers:
+        said.append("No container engine answers: `slimline run --docker` needs Docker, or podman.")
+    if not found.tensorrt:
+        said.append("Without TensorRT no engine is built or served here: pip install 'slimline[tensorrt]'.")
     return (*said, *_on_gpu(found), *_on_cpu(found), *_on_room(found))
 
 
@@ -202,6 +214,17 @@ def _providers() -> tuple[str, ...]:
     import onnxruntime
 
     return tuple(onnxruntime.get_available_providers())
+
+
+def _container_engine() -> str:
+    for tool, asked in (("docker", "{{.Server.Version}}"), ("podman", "{{.Client.Version}}")):
+        try:
+            done = subprocess.run([tool, "version", "--format", asked], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.SubprocessError):
+            continue
+        if done.returncode == 0 and done.stdout.strip():
+            return f"{tool} {done.stdout.strip()}"
+    return ""
 
 
 def _torch_sees_gpu() -> bool:

@@ -107,3 +107,18 @@ def test_the_findings_survive_json_and_the_page_ends_with_what_follows():
 def test_examining_a_machine_without_a_gpu_imports_no_torch():
     code = "import sys; from slimline import doctor; doctor.examine(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_without_a_container_engine_or_tensorrt_it_is_said_what_cannot_be_done():
+    assert "needs Docker, or podman" in said() and "pip install 'slimline[tensorrt]'" in said()
+    there = said(containers="podman 4.3.1", tensorrt=("tensorrt-rtx-cu12 1.7.1",))
+    assert "podman" not in there and "engine" not in there
+
+
+def test_the_engine_that_answers_is_found_and_one_that_does_not_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.examine().containers == ""
+    for name, script in (("docker", "exit 1"), ("podman", "echo 4.3.1")):  # the first has a client, and no engine
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    assert doctor.examine().containers == "podman 4.3.1"
