@@ -253,9 +253,12 @@ class Session:
         key = index if self.captures_itself else (index, tuple(shapes.values()))
         with self.lock:
             ask(self.cuda.cuCtxSetCurrent(self.context))  # of this thread
-            if key not in self.plans and len(self.plans) >= GRAPHS:
-                self.plans.pop(next(iter(self.plans))).close()
-            self.plans[key] = self.plans.pop(key, None) or _Plan(self, index)  # the last one asked for is the last
+            if key in self.plans:
+                self.plans[key] = self.plans.pop(key)  # in the order in which they were last asked for
+            else:
+                if len(self.plans) >= GRAPHS:
+                    self.plans.pop(next(iter(self.plans))).close()
+                self.plans[key] = _Plan(self, index)
             for name, array in given.items():
                 self.buffers[name].host[: array.nbytes] = array.reshape(-1).view(np.uint8)
             return self.plans[key].run(shapes)
