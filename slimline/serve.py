@@ -129,7 +129,7 @@ class OnnxPredictor(Predictor):
                 hint = "ONNX Runtime has no such arithmetic here: serve an engine built of it, or quantize.fp16 instead"
             raise ModelError(f"{path / 'model.onnx'} does not load: {reason}. {hint}.") from None
         self.inputs = [node.name for node in self.session.get_inputs()]
-        if unknown := sorted(set(self.inputs) - {"input_ids", "attention_mask", "token_type_ids"}):
+        if unknown := sorted(set(self.inputs) - set(hf.INPUTS)):
             raise ModelError(f"{path} asks for the input {unknown[0]!r}, which no text has. Export it again.")
         outputs = [node.name for node in self.session.get_outputs()]
         self.output = "logits" if "logits" in outputs else outputs[0]

@@ -49,6 +49,14 @@ def test_time_that_is_over_skips():
     assert skipped == {"late": "no time was left for it (--minutes)"}
 
 
+def test_a_contender_that_a_library_refuses_costs_no_other(tmp_path):
+    skipped = {}
+    with gpu.leaving_out("broken", skipped):
+        (tmp_path / "model.onnx").write_bytes(b"no graph")
+        gpu.onnx_variant("broken", tmp_path, "CPUExecutionProvider")
+    assert "broken" in skipped
+
+
 def test_where_engines_are_not_proven_faster_the_page_says_so():
     rows = {gpu.RIVAL: ROW, "engine fp16": ROW, "engine int8": ROW | {"ratio_low": 1.2}}
     assert not list(gpu.slower({8: rows}))
