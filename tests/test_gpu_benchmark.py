@@ -3,7 +3,8 @@
 import pytest
 
 from benchmarks import gpu
-from slimline import bench, engine
+from slimline import bench, engine, hf
+from slimline.data import read
 from slimline.errors import ConfigError
 from tests.test_export import data, make_model  # noqa: F401
 
@@ -38,6 +39,12 @@ def test_every_engine_names_a_technique_that_there_is():
     for method, options in gpu.ENGINES.values():
         if method != "none":
             technique.configure(technique.find(f"quantize.{method}"), {"data": "texts", **options})
+
+
+def test_engines_are_tuned_for_the_length_that_is_timed(data, tmp_path):  # noqa: F811
+    source = make_model(tmp_path / "hf")
+    texts = read(gpu.lengthened(data, source, 12, tmp_path / "texts.jsonl"), "calibration").texts
+    assert set(hf.tokenizer(source, 40).lengths(texts)) == {12} and len(set(texts)) > 8
 
 
 def test_time_that_is_over_skips():
