@@ -5,7 +5,8 @@ network is strongly typed: precision is what the graph says, in types and Q/DQ; 
 but, with tf32, what float32 layers multiply. Layers that work in more bits than the narrowest are written down.
 
 TensorRT for RTX builds ahead of time, without a GPU, for the compute capabilities it is told. TensorRT builds on the
-GPU that it builds for. Inputs of token numbers stay int64, as in the graph. COST
+GPU that it builds for. Inputs of token numbers stay int64, as in the graph. Ahead of time, MiniLM-L6 takes 2 to 9 s on
+two cores; who times kernels on a GPU takes longer.
 """
 
 # Long because it says, option by option, what each of the two runtimes cannot do, before it builds anything.
