@@ -47,6 +47,8 @@ class Histogram:
 
     def clip(self, levels: int) -> float:
         """Where to cut off so that rounding to 0, 1, ... `levels` equal steps has the least squared error."""
+        if not self.largest:
+            return 0.0
         middles = (np.arange(BINS) + 0.5) * (self.edge / BINS)
         used = self.counts > 0
         x, weight = middles[used], self.counts[used]

@@ -16,7 +16,8 @@ import ctypes
 import importlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -40,7 +41,7 @@ DTYPES = {
 }  # fmt: skip
 """TensorRT's names of the types that numpy has too."""
 GRAPHS = 64
-"""Shapes whose CUDA graphs are kept; the oldest goes first."""
+"""Shapes whose CUDA graphs are kept; the one that was not asked for longest goes first."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -205,7 +206,7 @@ def log_of(module: Any) -> Any:
 class Session:
     """An engine on this machine's GPU. Raises ModelError, naming both, if the two do not fit.
 
-    Calls from several threads wait for each other. Memory on the GPU is kept until the process ends.
+    Calls from several threads wait for each other. Memory on the GPU is kept until `close`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -236,6 +237,7 @@ class Session:
             self._refit(folder / graph.FILE)
         # TensorRT for RTX captures graphs itself, and compiles kernels for each context anew: one a profile
         self.captures_itself = hasattr(self.module, "CudaGraphStrategy")
+        self.capturable = not self.captures_itself
         self.plans: dict[Any, _Plan] = {}
         self.scratch = None if self.captures_itself else self._allocate(int(self.engine.device_memory_size_v2))
         self.buffers = {name: Buffer(self, size) for name, size in self._sizes().items()}
@@ -251,13 +253,30 @@ class Session:
         key = index if self.captures_itself else (index, tuple(shapes.values()))
         with self.lock:
             ask(self.cuda.cuCtxSetCurrent(self.context))  # of this thread
-            if key not in self.plans:
+            if key in self.plans:
+                self.plans[key] = self.plans.pop(key)  # in the order in which they were last asked for
+            else:
                 if len(self.plans) >= GRAPHS:
-                    self.plans.pop(next(iter(self.plans)))
+                    self.plans.pop(next(iter(self.plans))).close()
                 self.plans[key] = _Plan(self, index)
             for name, array in given.items():
                 self.buffers[name].host[: array.nbytes] = array.reshape(-1).view(np.uint8)
             return self.plans[key].run(shapes)
+
+    def close(self) -> None:
+        """Give the memory back. The session runs nothing afterwards."""
+        with self.lock:
+            ask(self.cuda.cuCtxSetCurrent(self.context))
+            for plan in self.plans.values():
+                plan.close()
+            self.plans.clear()
+            for buffer in self.buffers.values():
+                ask(self.cuda.cuMemFreeHost(buffer.address))
+                ask(self.cuda.cuMemFree(buffer.device))
+            self.buffers.clear()
+            if self.scratch is not None:
+                ask(self.cuda.cuMemFree(self.scratch))
+            self.engine = self.scratch = None
 
     def _refit(self, file: Path) -> None:
         refitter = self.module.Refitter(self.engine, self.log)
@@ -273,13 +292,25 @@ class Session:
         """Bytes of the largest that each input and output can be."""
         sizes = dict.fromkeys((*self.record.inputs, *self.record.outputs), 0)
         for index, profile in enumerate(self.record.profiles):
-            context = _Plan(self, index).context
+            plan = _Plan(self, index)
+            context = plan.context
+            if self.captures_itself:
+                self.plans[index] = plan  # its kernels are compiled already
             for name, shapes in profile.items():
                 context.set_input_shape(name, shapes.max)
             for name, tensor in (self.record.inputs | self.record.outputs).items():
                 elements = int(np.prod(tuple(context.get_tensor_shape(name))))
                 sizes[name] = max(sizes[name], elements * np.dtype(DTYPES[tensor.dtype]).itemsize)
         return sizes
+
+
+def logits(
+    folder: Path, encode: Callable[[Sequence[str]], Mapping[str, Array]], texts: Sequence[str], size: int
+) -> Array:
+    """float32 [N, L]: what an engine says on this machine's GPU, `size` texts at a time, in their order."""
+    with closing(Session(folder)) as session:
+        batches = [texts[at : at + size] for at in range(0, len(texts), size)]
+        return np.concatenate([session.run(encode(batch))["logits"] for batch in batches]).astype(np.float32)
 
 
 class Buffer:
@@ -319,9 +350,10 @@ class _Plan:
             for name, buffer in session.buffers.items():
                 self.context.set_tensor_address(name, buffer.device)
             self._enqueue()
-            if not session.captures_itself:
+            if session.capturable:
                 ask(session.cuda.cuStreamSynchronize(session.stream))  # the first run may not be captured
                 self.graph = self._capture()
+                session.capturable = self.graph is not None
         ask(session.cuda.cuStreamSynchronize(session.stream))
         answers = {}
         for name, tensor in session.record.outputs.items():
@@ -330,11 +362,27 @@ class _Plan:
             answers[name] = flat.reshape(shape).copy()
         return answers
 
+    def close(self) -> None:
+        """Give back the CUDA graph, which Python does not, and the context."""
+        if self.graph is not None:
+            ask(self.session.cuda.cuGraphExecDestroy(self.graph))
+        self.graph = self.context = None
+
     def _capture(self) -> Any:
+        """The CUDA graph of one more run; None for an engine that cannot be captured, which is enqueued every time."""
         cuda, stream = self.session.cuda, self.session.stream
         ask(cuda.cuStreamBeginCapture(stream, cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
-        self._enqueue()
-        return ask(cuda.cuGraphInstantiate(ask(cuda.cuStreamEndCapture(stream)), 0))
+        try:
+            self._enqueue()
+            captured = True
+        except ModelError:
+            captured = False
+        status, recorded = cuda.cuStreamEndCapture(stream)  # whatever happened, or the stream runs nothing any more
+        if not captured or int(status) != 0:
+            return None
+        launchable = ask(cuda.cuGraphInstantiate(recorded, 0))
+        ask(cuda.cuGraphDestroy(recorded))
+        return launchable
 
     def _enqueue(self) -> None:
         session = self.session

@@ -3,6 +3,7 @@
 Shapes: B = texts, S = tokens, H = width.
 """
 
+# Long because moving the head's pick up to the attention needs to know every operator that it passes.
 from __future__ import annotations
 
 import logging
@@ -60,7 +61,10 @@ def read(file: Path) -> onnx.ModelProto:
     for tensor in _tensors(model.graph):
         if onnx.external_data_helper.uses_external_data(tensor):
             _check_contained(file, tensor)
-    onnx.load_external_data_for_model(model, str(file.parent))
+    try:
+        onnx.load_external_data_for_model(model, str(file.parent))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file} lacks weights that it keeps beside it: {error}. Copy the whole folder.") from None
     return model
 
 
@@ -74,7 +78,11 @@ def write(model: onnx.ModelProto, file: Path) -> None:
         node.doc_string = ""
         del node.metadata_props[:]
     del model.graph.value_info[:]  # inner shapes: stale after a rewrite, and the runtime infers them
-    onnx.checker.check_model(model)
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"the graph for {file.parent} is not valid ONNX: {reason} Export it again.") from None
     file.write_bytes(model.SerializeToString(deterministic=True))
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Floats = np.ndarray[Any, np.dtype[Any]]
 Batch = dict[str, np.ndarray[Any, np.dtype[np.int64]]]
 
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""What a tokenizer gives, and so all that a graph may ask for."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -103,10 +103,12 @@ def compare(
     candidate_NL: npt.NDArray[np.float32],
     hint: str = "Try another opset, or fuse=False.",
 ) -> Difference:
-    """How far the candidate is from the source. Raises ModelError where the candidate is not finite."""
+    """How far the candidate is from the source. Raises ModelError where either is not finite."""
     import numpy as np
     from scipy.special import log_softmax
 
+    if not np.isfinite(source_NL).all():  # against NaN every limit holds
+        raise ModelError("the source's own answers are not all finite. Repeat the step that made it.")
     if source_NL.shape != candidate_NL.shape or not np.isfinite(candidate_NL).all():
         raise ModelError(
             f"the converted model gives {candidate_NL.shape} logits, its source {source_NL.shape}, or some are "

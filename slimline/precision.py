@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from slimline import graph
-from slimline.errors import ModelError
+from slimline.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     import onnx
@@ -61,7 +61,26 @@ def plain(source: Path) -> onnx.ModelProto:
     model = graph.read(source / graph.FILE)
     graph.require_floats(model, source)
     graph.require_plain(model, source)
+    name_shared(model)
     return upgrade(model)
+
+
+def name_shared(model: onnx.ModelProto) -> None:
+    """Let nodes name a constant itself where they named a copy: the exporter shares equal weights by Identity.
+
+    A matrix behind an Identity would count as an activation.
+    """
+    ends = {value.name for value in model.graph.output}
+    copies: dict[str, str] = {tensor.name: tensor.name for tensor in model.graph.initializer}
+    kept = []
+    for node in model.graph.node:
+        for at, name in enumerate(node.input):
+            node.input[at] = copies.get(name, name)
+        if node.op_type == "Identity" and node.input[0] in copies and node.output[0] not in ends:
+            copies[node.output[0]] = node.input[0]
+        else:
+            kept.append(node)
+    _replace(model, kept)
 
 
 def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -86,8 +105,12 @@ def matrices(model: onnx.ModelProto, keep: Collection[str], block: int = 1) -> d
 
     By the name of what a product makes, since nodes are copied whenever a graph is edited: the names of its operands.
     Heads are not among them: a pooler's or classifier's Gemm sees one token of each text and decides the answer.
-    Raises ModelError if there are none.
+    Raises ModelError if there are none, ConfigError for a part in `keep` that no product's name holds.
     """
+    names = [node.name for node in _products(model, ())]
+    if unknown := [part for part in keep if not any(part in name for name in names)]:
+        such = f"They are called such as {names[0]}" if names else "It has none"
+        raise ConfigError(f"keep names {unknown[0]!r}, but no product of this graph is called so. {such}.")
     rows = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if len(tensor.dims) == 2}
     known = [node for node in _products(model, keep) if node.input[1] in rows]
     found = {node.output[0]: list(node.input) for node in known if rows[node.input[1]] % block == 0}
@@ -226,8 +249,11 @@ def lower(model: onnx.ModelProto, kind: str, keep: Collection[str] = ()) -> None
 
     Operators of the kinds in `keep` work in float32 between casts, as those do that count (INDEXES). A number beyond
     the type's range becomes its largest: masks add the least of all float32, which would be infinite. Raises
-    ModelError for a graph within the graph.
+    ModelError for a graph within the graph, ConfigError for a kind in `keep` that the graph has not.
     """
+    kinds = graph.count(model)
+    if unknown := [name for name in keep if name not in kinds]:
+        raise ConfigError(f"keep names {unknown[0]!r}, but this graph has only {', '.join(sorted(kinds))}. Name those.")
     if kind == "fp32":
         return
     types = _types(model)

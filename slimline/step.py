@@ -137,8 +137,12 @@ def run_on_folder(
     def tell(what: str, done: int, total: int, note: str) -> None:
         watch({"event": "progress", "step": name, "what": what, "done": done, "total": total, "note": note})
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".slimline-") as scratch:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=out.parent, prefix=".slimline-")
+    except OSError as error:
+        raise StoreError(f"{out} cannot be written: {error.strerror or error}. Name another folder.") from None
+    with folder as scratch:
         made_in, start = Path(scratch) / "model", time.perf_counter()
         made_in.mkdir()
         made = _transform(module, config, origin, seconds, made_in, tell)
@@ -336,6 +340,8 @@ def _canonical(value: Any) -> bytes:
 def _misfit(name: str, needs: str, source: str, given: str) -> str:
     if given == "path":
         return f"{name} needs a sealed {needs} model but {source} is a plain folder. Bring it in with fetch.local."
+    if needs == "path":
+        return f"{name} takes a plain folder but {source} is a sealed {given} model. Leave it out: fetch_method=none."
     if given == "tensorrt":
         where = "before export.tensorrt"
     else:

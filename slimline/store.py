@@ -264,7 +264,10 @@ def fetch_file(run_id: str, name: str) -> Path:
     except MlflowException:
         path = None
     if path is None or not path.is_file():
-        raise StoreError(f"run {run_id} has no {name}. Run the pipeline to its end.")
+        raise StoreError(
+            f"run {run_id} has no {name}: it did not reach its end, or its pipeline makes none (optimize does). "
+            "See what it made with `slimline show`."
+        )
     return path
 
 

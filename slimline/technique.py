@@ -149,4 +149,6 @@ def _problem(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "missing":
         return f"option {where!r} is required"
+    if error["type"] == "tuple_type":
+        return f"option {where!r} is {error['input']!r}, but input should be a list, as in [{error['input']!r}]"
     return f"option {where!r} is {error['input']!r}, but {error['msg'][0].lower()}{error['msg'][1:]}"

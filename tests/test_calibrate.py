@@ -51,5 +51,6 @@ def test_the_cut_is_the_best_of_all_that_are_tried():
     assert error(found.clip(127)) <= 1.02 * min(error(top) for top in tried)
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_tensor_of_zeros_has_no_range():
     assert counted([0.0, 0.0]).largest == 0.0 == counted([0.0]).clip(127)

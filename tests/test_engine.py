@@ -1,6 +1,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from slimline import artifact, engine
@@ -8,6 +9,7 @@ from slimline.engine import Gpu, Record
 from slimline.errors import ConfigError, ModelError
 from slimline.export import tensorrt as export
 from slimline.profiles import Shapes
+from tests.driver import Driver, runtime
 
 ADA, AMPERE, HOPPER = Gpu("NVIDIA L4", "8.9"), Gpu("NVIDIA A10", "8.6"), Gpu("NVIDIA H100", "9.0")
 SHAPES = Shapes(min=(1, 1), opt=(8, 16), max=(32, 64))
@@ -104,3 +106,68 @@ def test_earlier_timings_are_reused_only_under_the_same_key(tmp_path):
     assert export.timings(config, "this one") == b"timings"
     assert export.timings(config, "another GPU") == b""
     assert export.timings(export.Config(data="texts"), "this one") == b""
+
+
+# Running one, on a driver that counts
+
+
+@pytest.fixture
+def driver():
+    return Driver()
+
+
+@pytest.fixture
+def opened(driver, tmp_path, monkeypatch):
+    """Opens an engine that adds up token numbers, on a GPU of plain memory."""
+
+    def open(capturable=True):
+        record = made(runtime="tensorrt", version="11.4.0.106")
+        (tmp_path / engine.RECORD).write_text(json.dumps(record.model_dump(mode="json")))
+        (tmp_path / engine.FILE).write_bytes(b"engine")
+        monkeypatch.setattr(engine, "installed", lambda: {"tensorrt": "11.4.0.106"})
+        monkeypatch.setattr(engine, "gpu", lambda: ADA)
+        monkeypatch.setattr(engine, "cuda", lambda: driver)
+        monkeypatch.setattr(engine, "module", lambda name: runtime(driver, capturable))
+        return engine.Session(tmp_path)
+
+    return open
+
+
+def summed(session, *shapes):
+    """Whether the session adds up rows of these shapes rightly, one call after the other."""
+    rows = [np.random.default_rng(size).integers(0, 99, (size, length)) for size, length in shapes]
+    return [(session.run({"input_ids": row})["logits"][:, 0] == row.sum(axis=1)).all() for row in rows]
+
+
+def test_a_shape_that_comes_again_is_launched_as_a_graph_on_what_is_there_then(opened, driver):
+    session = opened()
+    assert all(summed(session, (2, 5), (3, 7), (2, 5), (3, 7), (2, 5)))
+    assert driver.launches == 3 and driver.count("launchable") == 2
+
+
+def test_graphs_that_are_not_kept_are_given_back_and_the_one_in_use_is_kept(opened, driver, monkeypatch):
+    monkeypatch.setattr(engine, "GRAPHS", 2)
+    session = opened()
+    assert all(summed(session, (1, 1), (1, 2), (1, 1), (1, 3), (1, 1)))
+    assert driver.launches == 2
+    assert (driver.count("launchable"), driver.count("graph")) == (2, 0)
+
+
+def test_an_engine_that_cannot_be_captured_runs_without_a_graph(opened, driver):
+    session = opened(capturable=False)
+    assert all(summed(session, (2, 5), (2, 5), (3, 7), (2, 5)))
+    assert driver.launches == 0 and driver.recording is None
+
+
+def test_a_closed_session_holds_nothing_on_the_gpu(opened, driver):
+    session = opened()
+    summed(session, (2, 5), (3, 7))
+    session.close()
+    assert not driver.alive
+
+
+def test_an_engine_answers_texts_in_their_order(opened, driver, tmp_path):
+    opened().close()
+    texts = ["a", "bcd", "ef"]
+    answers = engine.logits(tmp_path, lambda batch: {"input_ids": np.array([[len(t)] for t in batch])}, texts, size=2)
+    assert answers[:, 0].tolist() == [1, 3, 2] and not driver.alive

@@ -220,5 +220,29 @@ def test_a_difference_is_measured_in_logits_labels_and_nats():
 
 
 def test_logits_that_are_not_finite_are_refused():
-    with pytest.raises(ModelError, match="finite"):
-        parity.compare(np.zeros((1, 2), np.float32), np.full((1, 2), np.nan, np.float32))
+    zero, nan = np.zeros((1, 2), np.float32), np.full((1, 2), np.nan, np.float32)
+    with pytest.raises(ModelError, match="some are not finite"):
+        parity.compare(zero, nan)
+    with pytest.raises(ModelError, match="the source's own answers are not all finite"):
+        parity.compare(nan, zero)
+
+
+def test_weights_beside_a_graph_that_end_early_are_refused(bert, data, tmp_path):
+    import onnx
+
+    export.run(bert, tmp_path, export.Config(data=str(data)))
+    onnx.save(onnx.load(tmp_path / graph.FILE), tmp_path / graph.FILE, save_as_external_data=True, location="weights")
+    (tmp_path / "weights").write_bytes((tmp_path / "weights").read_bytes()[:100])
+    with pytest.raises(
+        ModelError, match=r"model\.onnx lacks weights that it keeps beside it: .*\. Copy the whole folder"
+    ):
+        graph.read(tmp_path / graph.FILE)
+
+
+def test_a_graph_that_is_not_valid_is_not_written(bert, data, tmp_path):
+    export.run(bert, tmp_path, export.Config(data=str(data)))
+    model = graph.read(tmp_path / graph.FILE)
+    model.graph.node[-1].input[0] = "nowhere"
+    with pytest.raises(ModelError, match="is not valid ONNX: .*'nowhere'.* Export it again"):
+        graph.write(model, tmp_path / "broken.onnx")
+    assert not (tmp_path / "broken.onnx").exists()

@@ -3,7 +3,8 @@
 import pytest
 
 from benchmarks import gpu
-from slimline import bench, engine
+from slimline import bench, engine, hf
+from slimline.data import read
 from slimline.errors import ConfigError
 from tests.test_export import data, make_model  # noqa: F401
 
@@ -40,6 +41,12 @@ def test_every_engine_names_a_technique_that_there_is():
             technique.configure(technique.find(f"quantize.{method}"), {"data": "texts", **options})
 
 
+def test_engines_are_tuned_for_the_length_that_is_timed(data, tmp_path):  # noqa: F811
+    source = make_model(tmp_path / "hf")
+    texts = read(gpu.lengthened(data, source, 12, tmp_path / "texts.jsonl"), "calibration").texts
+    assert set(hf.tokenizer(source, 40).lengths(texts)) == {12} and len(set(texts)) > 8
+
+
 def test_time_that_is_over_skips():
     clock = gpu.Clock(0.0)
     skipped = {}
@@ -47,6 +54,14 @@ def test_time_that_is_over_skips():
         clock.require(-1.0)
         skipped["late"] = "was not skipped"
     assert skipped == {"late": "no time was left for it (--minutes)"}
+
+
+def test_a_contender_that_a_library_refuses_costs_no_other(tmp_path):
+    skipped = {}
+    with gpu.leaving_out("broken", skipped):
+        (tmp_path / "model.onnx").write_bytes(b"no graph")
+        gpu.onnx_variant("broken", tmp_path, "CPUExecutionProvider")
+    assert "broken" in skipped
 
 
 def test_where_engines_are_not_proven_faster_the_page_says_so():

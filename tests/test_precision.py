@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from slimline import graph, precision
-from slimline.errors import ModelError
+from slimline.errors import ConfigError, ModelError
 
 FLOAT = TensorProto.FLOAT
 MATRICES = arrays.arrays(np.float32, (32, 3), elements=st.floats(-8, 8, width=32))
@@ -155,6 +155,32 @@ def test_a_matrix_that_an_embedding_shares_stays_for_the_embedding():
     assert {"w", "w_int8"} <= kinds_of(model).keys()
     ids = np.array([1, 5])
     assert np.allclose(answer(model, ids=ids), weight[ids] @ weight, atol=0.1)
+
+
+def test_a_matrix_that_another_layer_shares_through_a_copy_is_quantized_in_both_and_is_no_activation():
+    nodes = [
+        helper.make_node("Identity", ["w"], ["copy"]),
+        helper.make_node("MatMul", ["x", "copy"], ["h"], "/0"),
+        helper.make_node("MatMul", ["h", "w"], ["y"], "/1"),
+        helper.make_node("Identity", ["y"], ["logits"]),
+    ]
+    weight, x = np.random.default_rng(0).normal(size=(2, 8, 8)).astype(np.float32)
+    model = model_of(nodes, [("x", FLOAT, [8, 8])], [("logits", FLOAT, [8, 8])], [("w", weight)])
+    precision.name_shared(model)
+    assert precision.matrices(model, ()) == {"h": ["x", "w"], "y": ["h", "w"]} and not precision.mixings(model, ())
+    precision.quantize_weights(model, ["h", "y"], "int8", "fp32")
+    onnx.checker.check_model(model)
+    assert graph.count(model) == {"DequantizeLinear": 1, "MatMul": 2, "Identity": 1}
+    exact = x @ weight @ weight
+    assert np.abs(answer(model, x=x) - exact).max() < 0.03 * np.abs(exact).max()
+
+
+def test_a_name_in_keep_that_nothing_has_is_refused():
+    model, _ = two_layers()
+    with pytest.raises(ConfigError, match=r"keep names 'layers\.0', but no .* such as /layer\.0/MatMul\."):
+        precision.matrices(model, ["layer.1", "layers.0"])
+    with pytest.raises(ConfigError, match=r"keep names 'Sofmax', but this graph has only Add, MatMul, Softmax\."):
+        precision.lower(model, "fp16", ["Sofmax"])
 
 
 def test_what_is_named_in_keep_the_head_and_unfilled_matrices_stay():

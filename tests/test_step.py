@@ -204,6 +204,17 @@ def test_one_technique_runs_on_a_folder_without_any_store(outside, tmp_path, mon
         step.run_on_folder("fetch.local", outside, tmp_path / "out", {}, events.append)
 
 
+def test_a_result_that_has_no_place_is_refused(outside, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StoreError, match=r"file/out cannot be written: .*\. Name another folder\."):
+        step.run_on_folder("fetch.local", outside, tmp_path / "file" / "out", {}, print)
+
+
+def test_a_sealed_model_is_not_fetched_again(tiny_bert, tmp_path):
+    with pytest.raises(ModelError, match=r"takes a plain folder but .* is a sealed hf model\. .* fetch_method=none"):
+        step.run_on_folder("fetch.local", tiny_bert, tmp_path / "out", {}, print)
+
+
 def test_nothing_secret_of_the_environment_is_written_down(fresh_store, outside, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-in-a-coal-mine")
     store.start_pipeline("optimize", "optimize", {"margin": 0.1}, "slimline run")

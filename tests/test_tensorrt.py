@@ -10,7 +10,7 @@ import onnx
 import pytest
 from typer.testing import CliRunner
 
-from slimline import artifact, cli, engine, graph, precision, probe, serve, step
+from slimline import artifact, cli, engine, graph, hf, parity, precision, probe, profiles, serve, step
 from slimline.errors import ConfigError, ModelError
 from slimline.evaluate import latency
 from slimline.export import onnx as export_onnx
@@ -157,6 +157,27 @@ def test_the_same_build_leaves_the_same_bytes(folder, data):
 def test_nothing_is_claimed_about_parity_where_it_was_not_checked(built):
     numbers = artifact.read(built).history[-1].metrics
     assert numbers["parity_checked"] == 0 and not {"parity_max_abs", "parity_agreement"} & numbers.keys()
+
+
+@pytest.mark.parametrize("method", ["none", "bf16", "int8_static"])
+def test_parity_is_asked_within_the_profiles_whatever_the_types(method, bert, data, tmp_path, monkeypatch):
+    source, out, asked = bert, tmp_path / "engine", []
+    if method != "none":
+        source, options = tmp_path / "graph", {"data": str(data)} | ({} if method == "bf16" else {"kl": 1.0})
+        step.run_on_folder(f"quantize.{method}", bert, source, options, print)
+
+    def answers(folder, encode, texts, size):
+        """What an engine would say: the graph's own answers, in other arithmetic."""
+        for text in texts:
+            profiles.fitting(engine.read(folder).profiles, {k: v.shape for k, v in encode([text]).items()})
+            asked.append(text)
+        return parity.onnx_logits(bert / graph.FILE, hf.tokenizer(folder, hf.max_length(folder)), texts)
+
+    monkeypatch.setattr(engine, "refusal", lambda *_: "")
+    monkeypatch.setattr(engine, "logits", answers)
+    config = export.Config(data=str(data), compute_capabilities=("8.9",), max_length=40)
+    found = export.run(source, out, config)
+    assert found["parity_checked"] == 1 and found["parity_agreement"] > 0.9 and len(asked) == 65
 
 
 def test_the_log_of_the_build_is_kept(built):

@@ -3,12 +3,13 @@
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 
-from slimline import artifact, engine, graph, technique
-from slimline.errors import ModelError
+from slimline import artifact, engine, graph, hf, parity, serve, step, technique
+from slimline.errors import ConfigError, ModelError
 from slimline.export import onnx as export_onnx
-from tests.test_export import FAMILIES, LAYERS, data, make_model  # noqa: F401
+from tests.test_export import FAMILIES, LAYERS, WORDS, data, make_model  # noqa: F401
 
 MATRICES = 6 * LAYERS  # query, key, value, mixed, up, down
 MIXINGS = 2 * LAYERS
@@ -94,7 +95,7 @@ def test_every_family_can_be_typed(name, family, data, tmp_path):  # noqa: F811
     source = make_model(tmp_path / "hf", family)
     perform("export.onnx", source, tmp_path / "onnx", data=str(data), fuse=False)
     metrics = perform(f"quantize.{name}", tmp_path / "onnx", tmp_path / "out", data=str(data), **TYPED[name][0])
-    assert metrics.get("num_quantized_matmul", MATRICES) >= MATRICES  # distilbert's head multiplies with one more
+    assert metrics.get("num_quantized_matmul", MATRICES) == MATRICES
 
 
 def test_matrices_that_blocks_do_not_fill_stay(data, tmp_path):  # noqa: F811
@@ -113,6 +114,26 @@ def test_a_fused_graph_goes_into_half_precision_and_nowhere_else(data, tmp_path)
     for name in TYPED.keys() - {"fp16"}:
         with pytest.raises(ModelError, match=r"has fused nodes \(.*\).* export.onnx with fuse=False"):
             perform(f"quantize.{name}", tmp_path / "fused", tmp_path / name, data=str(data))
+
+
+@pytest.mark.parametrize("name", ["int8_static", "fp8"])
+def test_what_is_served_is_what_the_guard_has_compared(name, plain, data, tmp_path):  # noqa: F811
+    step.run_on_folder(f"quantize.{name}", plain, tmp_path / "out", {"data": str(data), **LOUD}, print)
+    texts = [" ".join(WORDS[:length]) for length in range(1, 9)]
+    tokenizer = hf.tokenizer(tmp_path / "out", 48)
+    expected = parity.onnx_logits(tmp_path / "out" / graph.FILE, tokenizer, texts)
+    predictor = serve.load(tmp_path / "out")
+    assert np.array_equal(predictor.logits(texts), expected)
+    options = predictor.session.get_session_options()
+    assert options.get_session_config_entry("session.disable_quant_qdq") == "1"
+
+
+def test_one_name_where_a_list_is_needed_is_told_so():
+    module = technique.find("quantize.fp8")
+    with pytest.raises(
+        ConfigError, match=r"option 'keep' is 'layer.0', but input should be a list, as in \['layer.0'\]"
+    ):
+        technique.configure(module, {"data": "texts", "keep": "layer.0"})
 
 
 @pytest.mark.parametrize("first", ["fp16", "int8_static"])

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 NEEDS, GIVES = "hf", "onnx"
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
 
 class Config(BaseConfig):
     data: Stored = Field(description="calibration texts on which graph and source must agree")
@@ -105,7 +103,7 @@ def trace(model: torch.nn.Module, file: Path, opset: int) -> None:
 def inputs(model: torch.nn.Module) -> list[str]:
     """The inputs that the model's forward takes, in its own order."""
     config: Any = model.config
-    known = [name for name in inspect.signature(model.forward).parameters if name in INPUTS]
+    known = [name for name in inspect.signature(model.forward).parameters if name in hf.INPUTS]
     return [n for n in known if n != "token_type_ids" or getattr(config, "type_vocab_size", 0) > 1]
 
 

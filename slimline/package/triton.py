@@ -24,7 +24,6 @@ from slimline.package import Model, copy
 
 TYPES = {"int64": "TYPE_INT64", "int32": "TYPE_INT32", "float": "TYPE_FP32", "half": "TYPE_FP16"}
 """Triton's names of the types that its Python backend can hold, by TensorRT's (see engine.DTYPES)."""
-TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 BESIDE = (".json", ".txt", ".log", ".cache")
 """What lies beside a graph or an engine that no runtime reads."""
 
@@ -108,7 +107,7 @@ def signature(model: Model) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
         inputs, outputs = record.inputs, record.outputs
     else:
         inputs, outputs = from_graph(model.path / graph.FILE)
-    if unknown := sorted(inputs.keys() - set(TOKENS)):
+    if unknown := sorted(inputs.keys() - set(hf.INPUTS)):
         raise ModelError(f"{model.ref} asks for the input {unknown[0]!r}, which no text has. Export it again.")
     output = "logits" if "logits" in outputs else next(iter(outputs))
     found = {name: tensor(model, name, value) for name, value in {**inputs, output: outputs[output]}.items()}
