@@ -185,13 +185,15 @@ def typed(name: str, plain: Path, texts: Path, folder: Path) -> Path:
 
 
 def build(name: str, plain: Path, texts: Path, folder: Path, max_batch: int, tokens: int) -> Path:
-    """An engine of the graph in this precision, whose one profile is tuned for the largest batch of that length."""
+    """An engine of the graph in this precision, tuned for one text and for the largest batch, of that length."""
     if not (engine.installed() and engine.gpu()):
         raise Skip("TensorRT is not installed here" if not engine.installed() else "there is no GPU that works")
-    options = {"max_batch": max_batch, "opt_batch": max_batch, "profiles": 1, "tf32": False, "tolerance": 0.5}
+    shapes = {"max_batch": max_batch, "opt_batch": max_batch, "profiles": 1, "single": True}
     source = typed(name, plain, texts, folder)
     tuned_for = lengthened(texts, plain, tokens, folder / "lengthened.jsonl")
-    return perform("export.tensorrt", source, folder / f"{name}, engine", data=str(tuned_for), **options)
+    return perform(
+        "export.tensorrt", source, folder / f"{name}, engine", data=str(tuned_for), tf32=False, tolerance=0.5, **shapes
+    )
 
 
 def lengthened(texts: Path, source: Path, tokens: int, out: Path) -> Path:

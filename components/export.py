@@ -12,6 +12,7 @@ def export(
     model: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
     method: str = "onnx",
+    fuse: bool = True,
     options: dict = {},
 ) -> str:
     """Turn a model into what its runtime loads, and check that it still answers as before.
@@ -22,6 +23,7 @@ def export(
         model: What was made, for the Kubeflow page.
         metrics: What was measured on the way.
         method: A file in slimline/export, or none.
+        fuse: Merge what ONNX Runtime has an operator of its own for; off for TensorRT, which has no such ones.
         options: What only this method knows.
 
     Returns:
@@ -29,5 +31,5 @@ def export(
     """
     from slimline import release, step
 
-    ref, numbers = step.run(f"export.{method}", source, {"data": data, **options})
+    ref, numbers = step.run(f"export.{method}", source, {"data": data, "fuse": fuse, **options})
     return release.show(ref, numbers, model, metrics)

@@ -21,7 +21,7 @@ def engine(
     fetch_method: str = "local",
     train_method: str = "none",
     train_options: dict = {},
-    export_options: dict = {"fuse": False},
+    export_options: dict = {},
     quantize_method: str = "fp16",
     quantize_options: dict = {},
     engine_options: dict = {},
@@ -34,7 +34,7 @@ def engine(
         fetch_method: How the model comes in. local, or none if it is in the store.
         train_method: How it is fitted to the task. finetune, or none if it is trained already.
         train_options: What only the training method knows.
-        export_options: How the graph is traced; TensorRT has none of ONNX Runtime's fusions.
+        export_options: How the graph is traced, such as {"opset": 18}. It is not fused.
         quantize_method: The types that the engine works in. fp16, bf16, int8_static, fp8, int4_weights, or none.
         quantize_options: What only the quantization method knows.
         engine_options: What only the engine knows, such as {"profiles": 3, "compute_capabilities": ["8.9"]}.
@@ -44,6 +44,6 @@ def engine(
     """
     fetched = fetch(source=source, method=fetch_method).outputs["Output"]
     base = train(source=fetched, data=data, method=train_method, options=train_options).outputs["Output"]
-    graph = export(source=base, data=data, options=export_options).outputs["Output"]
+    graph = export(source=base, data=data, fuse=False, options=export_options).outputs["Output"]
     typed = quantize(source=graph, data=data, method=quantize_method, options=quantize_options).outputs["Output"]
     return export_engine(source=typed, data=data, options=engine_options).outputs["Output"]

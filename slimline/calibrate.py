@@ -1,4 +1,4 @@
-"""How large activations get, measured on texts: what a scale has to cover.
+"""Scales fixed beforehand: how large activations get on texts, and a graph whose products are rounded by that.
 
 Texts go through the graph one by one, so that nothing is padded and no padding is counted. Magnitudes are counted in a
 histogram that doubles its range when a larger one comes, so once through is enough, and memory is one text's.
@@ -6,15 +6,16 @@ histogram that doubles its range when a larger one comes, so once through is eno
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import Field
 
-from slimline import data, hf
+from slimline import data, graph, hf, parity, precision
 from slimline.errors import ModelError
-from slimline.technique import track
+from slimline.technique import Metrics, track
 
 if TYPE_CHECKING:
     import onnx
@@ -24,6 +25,15 @@ CANDIDATES = np.arange(BINS // 16, BINS + 1, 8)
 """Where a range may be cut off, in bins."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Calibrated(parity.Guard):
+    """Options of all that round activations by scales fixed beforehand."""
+
+    samples: int = Field(256, ge=1, description="calibration texts that activations are measured on")
+    attention: bool = Field(False, description="round what attention multiplies with each other as well")
+    keep: tuple[str, ...] = Field((), description="products that stay: parts of their names, such as layer.0/output")
+    floats: precision.Float = Field("fp16", description="type of all that is not quantized")
 
 
 class Histogram:
@@ -57,6 +67,26 @@ class Histogram:
         rounded = np.minimum(np.rint(x[None, :] / step), levels) * step
         error = np.square(rounded - x[None, :]) @ weight
         return min(float(ends[error.argmin()]), self.largest)
+
+
+def quantize(source: Path, out: Path, config: Calibrated, kind: str, cover: Callable[[Histogram], float]) -> Metrics:
+    """Write the Q/DQ graph of this kind and the source's other files. Raises ModelError where it strays too far.
+
+    `cover` says which magnitude a scale has to reach.
+    """
+    model = precision.plain(source)
+    weighed = precision.matrices(model, config.keep)
+    mixed = precision.mixings(model, config.keep) if config.attention else {}
+    seen = magnitudes(model, precision.entering(weighed, mixed), source, Path(config.data), config.samples)
+    largest = {name: cover(found) for name, found in seen.items()}
+    precision.quantize_activations(model, [*weighed, *mixed], largest, kind, config.floats)
+    precision.quantize_weights(model, weighed, kind, config.floats)
+    precision.lower(model, config.floats)
+    graph.copy_rest(source, out)
+    graph.write(model, out / graph.FILE)
+    hint = "Try attention=False, more samples, or name in `keep` the matrices that lose most."
+    counts = {"num_quantized_matmul": float(len(weighed)), "num_quantized_mixings": float(len(mixed))}
+    return {**counts, **parity.guarded(source, out, config, hint)}
 
 
 def magnitudes(

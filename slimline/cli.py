@@ -59,7 +59,7 @@ def run(
         if summary:
             _print_summary(summary, outcome.log)
         else:
-            out.print(f"Model    {outcome.ref}\nTry it   slimline show {outcome.ref}", soft_wrap=True)
+            _print_model(outcome.ref)
         out.print(
             f"{outcome.seconds:.0f} s in all, {overhead:.0f} s of them outside the steps' own work.",
             style="dim",
@@ -81,6 +81,17 @@ def _print_summary(summary: dict[str, Any], log: Path) -> None:
         f"\nNext     {me} show {ref}\n         {me} predict {ref} 'a film to remember'\n         {me} ui\n",
         soft_wrap=True,
     )
+
+
+def _print_model(ref: str) -> None:
+    """What a run that ends with a model has made, and whether its answers were looked at."""
+    from slimline import artifact, store
+
+    last = artifact.read(store.fetch(ref)).history[-1]
+    out.print(f"Model    {ref}", soft_wrap=True)
+    if last.metrics.get("parity_checked") == 0:
+        out.print("Answers  not compared with its graph's: this machine cannot run an engine", soft_wrap=True)
+    out.print(f"\nNext     {_me()} show {ref}", soft_wrap=True)
 
 
 def _me() -> str:
@@ -166,7 +177,9 @@ def _options_table(schema: dict[str, Any], own: list[str]) -> Table:
         if "enum" in field:
             bounds = " | ".join(map(str, field["enum"]))
         default = "required" if key in schema.get("required", []) else json.dumps(field.get("default"))
-        table.add_row(key, field.get("type", ""), escape(default), escape(bounds), escape(field.get("description", "")))
+        kind = field.get("type", "")
+        kind = f"list of {field['items'].get('type', 'values')}s" if kind == "array" else kind
+        table.add_row(key, kind, escape(default), escape(bounds), escape(field.get("description", "")))
     return table
 
 

@@ -4,6 +4,7 @@ Looks only: nothing is installed, changed or sent. Costs under a second, for tor
 GPU to ask it about. What cannot be found out (no /proc, no nvidia-smi) is left empty and is no error.
 """
 
+# Long because it is a list of small looks, and what follows from each.
 from __future__ import annotations
 
 import importlib.metadata

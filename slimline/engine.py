@@ -16,6 +16,7 @@ import ctypes
 import importlib
 import json
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -188,13 +189,16 @@ def refusal(record: Record, installed: Mapping[str, str], gpu: Gpu | None) -> st
     return ""
 
 
-def log_of(module: Any) -> Any:
-    """A logger for a runtime that keeps all but the verbose messages: `lines` of (severity, message)."""
+def log_of(module: Any, most: int | None = None) -> Any:
+    """A logger for a runtime that keeps all but the verbose messages, or the last `most` of them.
+
+    They are `lines` of (severity, message).
+    """
 
     class Log(module.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             module.ILogger.__init__(self)
-            self.lines: list[tuple[str, str]] = []
+            self.lines: deque[tuple[str, str]] = deque(maxlen=most)
 
         def log(self, severity: Any, message: str) -> None:
             if severity != module.ILogger.Severity.VERBOSE:
@@ -221,7 +225,7 @@ class Session:
         self.context = ask(self.cuda.cuDevicePrimaryCtxRetain(ask(self.cuda.cuDeviceGet(0))))
         ask(self.cuda.cuCtxSetCurrent(self.context))
         self.stream = ask(self.cuda.cuStreamCreate(self.cuda.CUstream_flags.CU_STREAM_NON_BLOCKING.value))
-        self.log = log_of(self.module)
+        self.log = log_of(self.module, most=100)
         self.runtime = self.module.Runtime(self.log)
         self.runtime.engine_host_code_allowed = self.record.version_compatible  # it brings its own lean runtime
         self.engine = self.runtime.deserialize_cuda_engine((folder / FILE).read_bytes())

@@ -96,15 +96,20 @@ class Tokenizer:
         self.pad = self.fast.token_to_id(_pad_token(folder)) or 0
         found = (self.fast.token_to_id(name) for name in ("[MASK]", "<mask>", "[UNK]", "<unk>"))
         self.mask = next((number for number in found if number is not None), self.pad)
+        self.max_length = max_length
         self.fast.enable_truncation(max_length)
         self.fast.no_padding()
 
-    def encode(self, texts: Sequence[str]) -> Batch:
-        """int64 arrays [B, T] input_ids, attention_mask and token_type_ids, padded on the right to the longest."""
+    def encode(self, texts: Sequence[str], multiple: int = 1) -> Batch:
+        """int64 arrays [B, T] input_ids, attention_mask and token_type_ids, padded on the right to the longest.
+
+        T is a multiple of `multiple`, or the length at which texts are cut.
+        """
         found = self.fast.encode_batch_fast(list(texts))
         ids = [encoding.ids for encoding in found]
         types = [encoding.type_ids for encoding in found]
         width = max((len(row) for row in ids), default=0)
+        width = max(width, min(-(-width // multiple) * multiple, self.max_length))
         ids_BT = np.full((len(ids), width), self.pad, dtype=np.int64)
         mask_BT = np.zeros((len(ids), width), dtype=np.int64)
         types_BT = np.zeros((len(ids), width), dtype=np.int64)

@@ -193,13 +193,14 @@ def quantize_activations(
 
 
 def scale_for(largest: Any, kind: str, floats: Float) -> Array:
-    """The least scale of this float type by which numbers up to `largest` fit; 1 where all are 0."""
+    """The least scale of this float type by which numbers up to `largest` fit; 1 where all are (nearly) 0."""
     scale = np.asarray(largest, dtype=np.float32) / np.float32(KINDS[kind].largest)
     if floats == "fp16":
         half = scale.astype(np.float16)
         half = np.where(half.astype(np.float32) < scale, np.nextafter(half, np.float16(np.inf)), half)
         scale = half.astype(np.float32)
-    return np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
+    least = np.finfo(np.float32).tiny  # below it, float32 itself rounds
+    return np.where(scale >= least, scale, np.float32(1)).astype(np.float32)
 
 
 def rounded(weight_KN: Array, kind: str, floats: Float, block: int) -> tuple[Array, Array, dict[str, Any]]:

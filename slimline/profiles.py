@@ -106,11 +106,12 @@ def median(
     return int(values[np.searchsorted(counts.cumsum(), counts.sum() / 2)])
 
 
-def of(inputs: Mapping[str, Sequence[int]], batch: Span, lengths: Sequence[Span]) -> list[Profile]:
+def of(inputs: Mapping[str, Sequence[int]], batches: Sequence[Span], lengths: Sequence[Span]) -> list[Profile]:
     """The profiles of a graph with these inputs, -1 where a shape is open.
 
-    An encoder gets one for each span of lengths. A decoder (it has inputs past_key_values.*, [B, H, S, D]) gets two:
-    the whole prompt at once with nothing before it, and one token after 1..longest-1 others.
+    For each span of `batches` an encoder gets one for each span of lengths, and a decoder (it has inputs
+    past_key_values.*, [B, H, S, D]) two: the whole prompt at once with nothing before it, and one token after
+    1..longest-1 others.
     """
     if any(name.startswith(PAST) for name in inputs):
         (_, usual, longest) = lengths[-1]
@@ -120,7 +121,11 @@ def of(inputs: Mapping[str, Sequence[int]], batch: Span, lengths: Sequence[Span]
         ]
     else:
         steps = [(span, Span(0, 0, 0)) for span in lengths]
-    return [{name: _shapes(name, shape, batch, *step) for name, shape in inputs.items()} for step in steps]
+    return [
+        {name: _shapes(name, shape, batch, *step) for name, shape in inputs.items()}
+        for batch in batches
+        for step in steps
+    ]
 
 
 def fitting(profiles: Sequence[Profile], shapes: Mapping[str, Sequence[int]]) -> int:

@@ -36,6 +36,10 @@ BATCH = 32
 """Texts that are answered together at most."""
 
 
+MULTIPLE = 8
+"""Lengths that an engine is asked for are multiples of this: each other shape costs a CUDA graph of its own."""
+
+
 class Predictor(ABC):
     """A loaded model: texts in, labels and scores out, whatever runs inside."""
 
@@ -154,7 +158,8 @@ class TensorRTPredictor(Predictor):
         self.runtime = f"{self.session.record.built_by} ({self.session.gpu.name})"
 
     def _answer(self, texts: list[str]) -> Floats:
-        return np.asarray(self.session.run(self.tokenizer.encode(texts))["logits"], dtype=np.float32)
+        tokens = self.tokenizer.encode(texts, MULTIPLE)
+        return np.asarray(self.session.run(tokens)["logits"], dtype=np.float32)
 
 
 def load(path: Path, threads: int | None = None) -> Predictor:

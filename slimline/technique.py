@@ -141,7 +141,9 @@ def track(
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    part = name.rstrip(".")
+    begun = [n for n in known if part == name and part and n.startswith(part)]  # int8 is int8_static rather than fp8
+    close = begun or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

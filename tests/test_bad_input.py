@@ -144,6 +144,7 @@ def test_an_unreachable_tracking_server_is_exit_5(recipe, capsys, monkeypatch):
         (["show", "nowhere"], 5, "does not exist"),
         (["techniques", "prune.head"], 2, "Did you mean 'prune.heads'"),
         (["techniques", "prunes"], 2, "Did you mean 'prune'"),
+        (["techniques", "quantize.int8"], 2, "Did you mean 'quantize.int8_dynamic'"),
         (["promote", "nobody"], 2, "no challenger"),
         (["rollback", "nobody"], 4, "no version before"),
         (["report", "models:/nobody/1"], 5, "does not resolve"),

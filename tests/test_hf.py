@@ -129,3 +129,17 @@ def test_the_last_layer_on_the_first_token_alone_gives_the_same_answers_and_grad
     for a, b in zip(found, wanted):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
     assert answers_and_gradients()[1] == shape  # and comes back afterwards
+
+
+def test_lengths_are_rounded_up_as_asked_but_never_beyond_where_texts_are_cut(tmp_path):
+    tokenizer = hf.tokenizer(make_tiny("bert", tmp_path / "m"), 12)
+    short, long = TEXTS[0], TEXTS[1]
+    assert [tokenizer.encode([t])["input_ids"].shape for t in (short, long)] == [(1, 5), (1, 12)]
+    for texts, width in (([short], 8), ([short, long], 12), ([""], 8)):
+        padded, plain = tokenizer.encode(texts, 8), tokenizer.encode(texts)
+        used = plain["input_ids"].shape[1]
+        assert padded["input_ids"].shape == (len(texts), width)
+        assert all((padded[key][:, :used] == plain[key]).all() for key in plain)
+        assert (padded["attention_mask"][:, used:] == 0).all() and (
+            padded["input_ids"][:, used:] == tokenizer.pad
+        ).all()

@@ -509,6 +509,29 @@ def test_triton_loads_no_engine_of_tensorrt_for_rtx(tmp_path):
     assert "was built by TensorRT for RTX 1.7, whose engines Triton does not load. Build it with" in said
 
 
+def test_triton_runs_no_graph_in_bfloat16(simple, tmp_path):
+    kept = tmp_path / "kept"
+    shutil.copytree(simple, kept)
+    before = artifact.read(simple)
+    stage = artifact.Stage(technique="quantize.bf16", config={}, metrics={}, parent=before.digest)
+    (kept / artifact.MANIFEST).unlink()
+    artifact.seal(
+        kept, format="onnx", task=before.task, labels=before.labels, base=before.base,
+        history=(*before.history, stage),
+    )  # fmt: skip
+    assert "is kept in bfloat16, which ONNX Runtime multiplies on no processor. Package an engine" in refused(kept)
+
+
+def test_a_request_is_as_large_as_the_largest_profile(schema, monkeypatch, tmp_path):
+    sizes = [{"input_ids": {"min": (1, 1), "opt": (1, 8), "max": (1, 64)}}]
+    sizes.append({"input_ids": {"min": (2, 1), "opt": (8, 8), "max": (24, 64)}})
+    inputs = {"input_ids": {"dtype": "int64", "shape": (-1, -1)}}
+    made = package.write(
+        str(built(tmp_path / "m", profiles=sizes, inputs=inputs)), "triton", tmp_path / "out", name="tiny"
+    )
+    assert "max_batch_size: 24" in (made.folder / "tiny" / "config.pbtxt").read_text()
+
+
 def test_triton_loads_no_engine_without_weights(tmp_path):
     assert "is an engine without its weights" in refused(built(tmp_path / "m", stripped=True))
 

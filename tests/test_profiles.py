@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from slimline import profiles
 from slimline.errors import ConfigError, ModelError
+from slimline.export import tensorrt as export
 from slimline.profiles import Shapes, Span
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
@@ -64,17 +65,31 @@ def test_more_profiles_than_lengths_are_refused():
 
 def test_an_input_that_no_text_tells_the_shape_of_is_refused():
     with pytest.raises(ModelError, match=r"the input pixels \(-1, 3\) is open where no text says how long"):
-        profiles.of({"pixels": (-1, 3)}, BATCH, [Span(1, 4, 8)])
+        profiles.of({"pixels": (-1, 3)}, [BATCH], [Span(1, 4, 8)])
 
 
 def test_a_batch_goes_to_the_profile_that_holds_it():
-    made = profiles.of({"input_ids": (-1, -1)}, BATCH, [Span(1, 4, 8), Span(9, 20, 64)])
+    made = profiles.of({"input_ids": (-1, -1)}, [BATCH], [Span(1, 4, 8), Span(9, 20, 64)])
     assert made[0] == {"input_ids": Shapes(min=(1, 1), opt=(4, 4), max=(8, 8))}
     assert [profiles.fitting(made, {"input_ids": (2, n)}) for n in (1, 8, 9, 64)] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (1, 65), (0, 4), (4,)])
 def test_a_batch_that_no_profile_holds_is_refused_with_its_shape(shape):
-    made = profiles.of({"input_ids": (-1, -1)}, BATCH, [Span(1, 4, 64)])
+    made = profiles.of({"input_ids": (-1, -1)}, [BATCH], [Span(1, 4, 64)])
     with pytest.raises(ModelError, match="no profile of this engine holds input_ids"):
         profiles.fitting(made, {"input_ids": shape})
+
+
+def test_a_text_alone_gets_profiles_of_its_own_and_they_are_chosen_first():
+    config = export.Config(data="texts", single=True, opt_batch=8, max_batch=32)
+    assert export.batches(config) == [Span(1, 1, 1), Span(2, 8, 32)]
+    made = profiles.of({"input_ids": (-1, -1)}, export.batches(config), [Span(1, 4, 8), Span(9, 20, 64)])
+    assert [p["input_ids"].opt for p in made] == [(1, 4), (1, 20), (8, 4), (8, 20)]
+    assert profiles.fitting(made, {"input_ids": (1, 30)}) == 1 and profiles.fitting(made, {"input_ids": (2, 30)}) == 3
+
+
+def test_without_a_second_text_a_text_alone_needs_no_profile_of_its_own():
+    assert export.batches(export.Config(data="texts", single=True, max_batch=1)) == [Span(1, 1, 1)]
+    assert export.batches(export.Config(data="texts", opt_batch=8, max_batch=4)) == [Span(1, 4, 4)]
+    assert export.batches(export.Config(data="texts", single=True, opt_batch=1)) == [Span(1, 1, 1), Span(2, 2, 32)]

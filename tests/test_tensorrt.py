@@ -308,7 +308,7 @@ def test_a_gpu_that_the_runtime_does_not_know_is_refused(bert, data, tmp_path):
 )
 def test_what_tensorrt_for_rtx_lacks_is_refused(option, value, bert, tmp_path):
     config = export.Config(data="texts", runtime="tensorrt_rtx", **{option: value})
-    with pytest.raises(ConfigError, match=rf"TensorRT for RTX has no {option} engines"):
+    with pytest.raises(ConfigError, match=rf"TensorRT for RTX knows no {option}\. "):
         export.run(bert, tmp_path, config)
 
 

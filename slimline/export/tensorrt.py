@@ -64,6 +64,7 @@ class Config(BaseConfig):
     )
     max_length: int | None = Field(None, ge=2, le=1 << 20, description="tokens of the longest text; none: the model's")
     opt_batch: int = Field(8, ge=1, le=4096, description="texts in a batch that kernels are tuned for")
+    single: bool = Field(False, description="kernels of their own for one text alone, beside those for batches")
     max_batch: int = Field(32, ge=1, le=4096, description="texts in a batch at most")
     compute_capabilities: tuple[str, ...] = Field(
         (), description="GPUs to build for ahead of time, such as 8.9; none: this machine's, or (RTX) all from 8.0 on"
@@ -96,9 +97,8 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     tokenizer = hf.tokenizer(source, limit)
     lengths = tokenizer.lengths(data.read(Path(config.data), "calibration").texts)
     opens = {value.name: open_shape(value) for value in model.graph.input}
-    batch = Span(1, min(config.opt_batch, config.max_batch), config.max_batch)
     decodes = any(name.startswith(profiles.PAST) for name in opens)
-    wanted = profiles.of(opens, batch, profiles.spans(lengths, longest, 1 if decodes else config.profiles))
+    wanted = profiles.of(opens, batches(config), profiles.spans(lengths, longest, 1 if decodes else config.profiles))
 
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -113,6 +113,13 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
         "size_bytes": float((out / engine.FILE).stat().st_size),
         **parity_of(source, out, hf.tokenizer(out, longest), config, record, gpu),
     }
+
+
+def batches(config: Config) -> list[Span]:
+    """How many texts come together: in one span, or in one for a text alone and one for more."""
+    least = 2 if config.single and config.max_batch > 1 else 1
+    many = Span(least, max(least, min(config.opt_batch, config.max_batch)), config.max_batch)
+    return [Span(1, 1, 1), many] if least > 1 else [many]
 
 
 def choose(config: Config) -> tuple[engine.RuntimeName, Gpu | None]:
@@ -149,7 +156,7 @@ def check(config: Config, name: engine.RuntimeName, gpu: Gpu | None) -> None:
     }
     for option, hint in instead.items():
         if getattr(config, option):
-            raise ConfigError(f"{title} has no {option} engines: {option} is set. {hint}.")
+            raise ConfigError(f"{title} knows no {option}. {hint}.")
     if config.stripped and gpu is None:
         raise ConfigError(
             f"{title} strips weights only on a machine with a GPU, and this one has none. Leave stripped out."
@@ -288,7 +295,7 @@ def timings(config: Config, key: str) -> bytes:
 
 
 def failure(
-    lines: list[tuple[str, str]],
+    lines: Sequence[tuple[str, str]],
     inconsistent: list[str],
     file: Path,
     config: Config,
@@ -356,7 +363,7 @@ def tensors(count: int, get: Any) -> dict[str, engine.Tensor]:
     return {t.name: engine.Tensor(dtype=t.dtype.name.lower(), shape=tuple(t.shape)) for t in found}
 
 
-def readable(lines: list[tuple[str, str]]) -> str:
+def readable(lines: Sequence[tuple[str, str]]) -> str:
     """The log without times, paths and memory, so that the same build leaves the same bytes."""
     kept = [f"{level}: {message}" for level, message in lines if "Input filename" not in message]
     return re.sub(r"[\d.]+ ?(ms|seconds|MiB)\b", r"... \1", "\n".join(kept)) + "\n"

@@ -87,6 +87,11 @@ def check(model: Model) -> None:
     if model.manifest.format == "hf":
         raise ModelError(f"{model.ref} is an hf model, and Triton runs graphs and engines. Put export.onnx after it.")
     if model.manifest.format != "tensorrt":
+        if any(stage.technique == "quantize.bf16" for stage in model.manifest.history):
+            raise ModelError(
+                f"{model.ref} is kept in bfloat16, which ONNX Runtime multiplies on no processor. "
+                "Package an engine built of it, or what quantize.fp16 makes."
+            )
         return
     record = engine.read(model.path)
     if record.runtime == "tensorrt_rtx":
@@ -103,7 +108,7 @@ def signature(model: Model) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     batch = serve.batch_size(model.manifest)
     if model.manifest.format == "tensorrt":
         record = engine.read(model.path)
-        batch = min(batch, *(profile["input_ids"].max[0] for profile in record.profiles))
+        batch = min(batch, max(profile["input_ids"].max[0] for profile in record.profiles))
         inputs, outputs = record.inputs, record.outputs
     else:
         inputs, outputs = from_graph(model.path / graph.FILE)
