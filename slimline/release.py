@@ -264,7 +264,7 @@ def about(ref: str) -> dict[str, Any]:
     if found.manifest is None:
         raise StoreError(f"{ref} is not a model that slimline made: it has no manifest. Bring it in with fetch.local.")
     about: dict[str, Any] = {
-        **found.manifest.model_dump(mode="json"),
+        **found.manifest.model_dump(mode="json", exclude={"version"}),  # the manifest's own; below is the model's
         "size_bytes": found.manifest.size_bytes,
     }
     if ref.startswith("models:/") and not ref.startswith("models:/m-"):

@@ -6,7 +6,6 @@ from hypothesis import settings
 from tests.stores import fresh_store, migrated  # noqa: F401
 from tests.tiny import make_data, make_tiny, seal_tiny
 
-
 settings.register_profile("untimed", deadline=None)  # a test asserts nothing about time
 settings.load_profile("untimed")
 

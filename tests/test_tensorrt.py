@@ -203,6 +203,7 @@ def test_a_manifest_from_before_there_were_engines_still_reads(bert, tmp_path):
 def test_show_says_which_runtime_and_which_gpus(built):
     shown = CliRunner().invoke(cli.app, ["show", str(built)])
     assert shown.exit_code == 0, shown.output
+    assert "  version " not in shown.output, "nothing is registered"
     version = engine.installed()["tensorrt_rtx"]
     assert f"TensorRT for RTX {version}; compute capability 8.6, 12.0; input_ids (1, 1) to (32," in shown.output
 
