@@ -50,6 +50,19 @@ def test_nothing_but_tmp_can_be_written_to(inside):
     assert found.count("Read-only file system") + found.count("Permission denied") == 3 and "yes" in found
 
 
+def test_the_server_keeps_what_it_has_in_a_volume(client, inside):
+    volume = client.volumes.create("slimline-test-data")
+    try:
+        for written in ("one", "two"):
+            found = inside(
+                MLFLOW, "sh", "-c", f"touch /data/{written} && ls /data",
+                volumes={volume.name: {"bind": "/data", "mode": "rw"}}, tmpfs={"/tmp": "mode=1777"},
+            )  # fmt: skip
+        assert found.split() == ["one", "two"]
+    finally:
+        volume.remove(force=True)
+
+
 def test_without_torch_the_cpu_image_stays_within_its_budget(client, inside):
     whole = client.images.get(CPU).attrs["Size"]
     count = f"cd /opt/slimline/lib/python3*/site-packages && du -sbc {TORCH} 2>/dev/null | tail -1 | cut -f1"
