@@ -105,3 +105,47 @@ def test_an_image_that_was_not_built_is_named_and_no_file_is_left(tmp_path):
     assert not (tmp_path / "o.yaml").exists()
     with pytest.raises(errors.ConfigError, match="does not exist"):
         launch.compile("optimize", tmp_path / "o.yaml", tmp_path / "none.json")
+
+
+class Engine:
+    """As much of an engine's client as choosing an image and its devices asks for."""
+
+    def __init__(self, name, *images):
+        self.images, self.name, self.known = self, name, images
+
+    def version(self):
+        return {"Components": [{"Name": self.name}]}
+
+    def get(self, image):
+        import docker
+
+        if image not in self.known:
+            raise docker.errors.ImageNotFound(image)
+        return type("Image", (), {"id": f"id of {image}"})
+
+
+@pytest.fixture
+def gpu(tmp_path, monkeypatch):
+    """A machine whose nvidia-smi lists a GPU."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+
+def test_all_gpus_are_passed_through_in_each_engines_own_words(gpu):
+    assert containers._devices(Engine("Podman Engine")) == {"devices": ["nvidia.com/gpu=all"]}
+    (request,) = containers._devices(Engine("Engine"))["device_requests"]
+    assert request.count == -1 and request.capabilities == [["gpu"]]
+
+
+def test_without_a_gpu_no_device_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert containers._devices(Engine("Engine")) == {}
+
+
+def test_where_there_is_a_gpu_its_image_takes_the_place_of_the_processors(gpu):
+    both = Engine("Engine", "slimline-cpu:0.1.0", "slimline-gpu:0.1.0")
+    assert containers.present(both, "slimline-cpu:0.1.0") == "id of slimline-gpu:0.1.0"
+    assert (
+        containers.present(Engine("Engine", "slimline-cpu:0.1.0"), "slimline-cpu:0.1.0") == "id of slimline-cpu:0.1.0"
+    )
