@@ -59,7 +59,6 @@ def main(arguments: list[str]) -> None:
         for turn in range(asked.rounds):
             for way in WAYS if turn % 2 == 0 else reversed(WAYS):
                 os.environ["SLIMLINE_STORE"] = str(place / f"{way}-{turn}")
-                os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow remembers the last store there
                 with timed(way, seconds[way]):
                     launch.run("optimize", values, lambda event: None, place=launch.Place(way == "container"))
         ladder = climb(image, rounds=5)

@@ -82,7 +82,10 @@ def _client(where: str, root: Path) -> MlflowClient:
     else:
         ping(where)
         client = MlflowClient(where)
+    given = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(where)
+    if given is None:  # MLflow writes it down there, and a folder asked for next would not be looked at
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
     return client
 
 

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -160,3 +161,14 @@ def test_an_evaluation_comes_back_as_it_was(fresh_store, tmp_path):
     assert ref == f"runs:/{run_id}/evaluation"
     assert artifact.read(store.fetch(ref)).digest == manifest.digest
     assert (tmp_path / "evaluation" / "manifest.json").is_file()
+
+
+def test_a_store_that_was_opened_does_not_stand_in_the_way_of_the_next(fresh_store, tmp_path, monkeypatch):
+    saved(tmp_path / "one", key="k")
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    shutil.copytree(fresh_store, tmp_path / "second")
+    monkeypatch.setenv("SLIMLINE_STORE", str(tmp_path / "second"))
+    saved(tmp_path / "two", key="other")
+    assert store.find_finished("other")
+    monkeypatch.setenv("SLIMLINE_STORE", str(fresh_store))
+    assert store.find_finished("k") and not store.find_finished("other")
