@@ -132,9 +132,9 @@ class Containers:
     def _watch(self, step: str, limit: str | None, command: list[str]) -> int:
         self.container.start()
         with self.log.open("ab") as handle:
-            for line in self.container.logs(stream=True, follow=True):
-                handle.write(line)
-        code = int(self.container.wait()["StatusCode"])
+            written = sum(handle.write(line) for line in self.container.logs(stream=True, follow=True))
+            code = int(self.container.wait()["StatusCode"])
+            handle.write(self.container.logs()[written:])  # Podman may lose the end of what is followed
         self.container.reload()
         if self.container.attrs["State"].get("OOMKilled") or (code == 137 and limit):
             asked = f"the {limit} that the pipeline asks for it" if limit else "this machine has"

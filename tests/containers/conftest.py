@@ -30,9 +30,20 @@ def inside(client):
     """Runs a command in an image as a step would be run, and returns what it printed."""
 
     def run(image, *command, **options):
-        plain = {"remove": True, "read_only": True, "network_mode": "none", "stderr": True}
+        import docker
+
         name, *arguments = command
-        return client.containers.run(image, arguments, entrypoint=[name], **{**plain, **options}).decode()
+        plain = {"read_only": True, "network_mode": "none"}
+        container = client.containers.create(image, arguments, entrypoint=[name], **{**plain, **options})
+        try:
+            container.start()
+            code = container.wait()["StatusCode"]
+            said = container.logs()  # afterwards: Podman may lose the end of what is followed
+        finally:
+            container.remove(force=True, v=True)
+        if code:
+            raise docker.errors.ContainerError(container, code, command, image, said)
+        return said.decode()
 
     return run
 
