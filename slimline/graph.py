@@ -11,7 +11,7 @@ import re
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -149,10 +149,7 @@ def first_token_only(model: onnx.ModelProto) -> int:
 
     graph = model.graph
     producer = {name: node for node in graph.node for name in node.output}
-    users: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
+    readers = users(model)
     picks = [node for node in graph.node if _picks_first_token(node, model)]
     if len(picks) != 1:
         return 0
@@ -160,7 +157,7 @@ def first_token_only(model: onnx.ModelProto) -> int:
     for node in graph.node:  # and what is computed of them alone: the exporter shares equal biases by Identity
         if constants.issuperset(node.input):
             constants.update(node.output)
-    cone, edge = _per_token_cone(picks[0], producer, users, constants)
+    cone, edge = _per_token_cone(picks[0], producer, readers, constants)
     if not cone:
         return 0
     graph.initializer.append(onnx.numpy_helper.from_array(np.array([0], np.int64), "first_token"))
@@ -176,10 +173,26 @@ def first_token_only(model: onnx.ModelProto) -> int:
             for name in node.output
             if name in edge
         ]
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(kept)
+    replace(model, nodes)
     return len(cone)
+
+
+def users(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+    """The nodes that read each tensor, by its name."""
+    found: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            found.setdefault(name, []).append(node)
+    return found
+
+
+def replace(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Put copies of these nodes in the place of all that the graph has."""
+    import onnx
+
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
 
 
 @contextmanager

@@ -45,6 +45,13 @@ class Kind(NamedTuple):
     dtype: str
     largest: float
 
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        """The type itself, from ml_dtypes where numpy has none."""
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
+
 
 KINDS = {
     "fp32": Kind(1, "float32", 3.4028235e38),
@@ -80,7 +87,7 @@ def name_shared(model: onnx.ModelProto) -> None:
             copies[node.output[0]] = node.input[0]
         else:
             kept.append(node)
-    _replace(model, kept)
+    graph.replace(model, kept)
 
 
 def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -139,11 +146,9 @@ def quantize_weights(
     model: onnx.ModelProto, products: Collection[str], kind: str, floats: Float, block: int = 0
 ) -> None:
     """Keep these products' matrices in int8 (a scale a column), fp8 (one scale) or int4 (one for `block` rows)."""
-    import ml_dtypes
     import onnx
 
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    dtype = np.dtype(getattr(ml_dtypes, KINDS[kind].dtype, KINDS[kind].dtype))
     done: dict[str, str] = {}
     before: dict[str, list[onnx.NodeProto]] = {}
     for node in (node for node in model.graph.node if node.output[0] in products):
@@ -154,7 +159,7 @@ def quantize_weights(
             done[name] = f"{name}_restored"
             model.graph.initializer.extend(
                 [
-                    onnx.numpy_helper.from_array(numbers.astype(dtype), f"{name}_{kind}"),
+                    onnx.numpy_helper.from_array(numbers.astype(KINDS[kind].numpy), f"{name}_{kind}"),
                     onnx.numpy_helper.from_array(scale.astype(np.float32), f"{name}_scale"),
                 ]
             )
@@ -259,7 +264,7 @@ def lower(model: onnx.ModelProto, kind: str, keep: Collection[str] = ()) -> None
         return
     types = _types(model)
     kept = {n.output[0] for n in model.graph.node if n.op_type in (*keep, *INDEXES)}
-    users = _users(model)
+    users = graph.users(model)
     for tensor in model.graph.initializer:
         if tensor.data_type != KINDS["fp32"].onnx:
             continue
@@ -294,7 +299,7 @@ def rounding_twin(model: onnx.ModelProto, kind: str) -> onnx.ModelProto:
             if types.get(name) == low:
                 node.output[at] = f"{name}_exact"
                 nodes += _cast_pair(f"{name}_exact", name, kind)
-    _replace(twin, nodes)
+    graph.replace(twin, nodes)
     return twin
 
 
@@ -323,23 +328,13 @@ def _types(model: onnx.ModelProto) -> dict[str, int]:
     return types
 
 
-def _users(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
-    users: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
-    return users
-
-
 def _converted(tensor: onnx.TensorProto, kind: str) -> onnx.TensorProto:
     """The same numbers in another float type, none of them infinite."""
-    import ml_dtypes
     import onnx
 
-    dtype = np.dtype(getattr(ml_dtypes, KINDS[kind].dtype, KINDS[kind].dtype))
     values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
     largest = np.float32(KINDS[kind].largest)
-    return onnx.numpy_helper.from_array(np.clip(values, -largest, largest).astype(dtype), tensor.name)
+    return onnx.numpy_helper.from_array(np.clip(values, -largest, largest).astype(KINDS[kind].numpy), tensor.name)
 
 
 def _convert_attributes(node: onnx.NodeProto, kind: str, old: int = 1) -> None:
@@ -375,7 +370,7 @@ def _cast_around(model: onnx.ModelProto, kept: Collection[str], floats: Collecti
             if name in floats:
                 node.output[at] = f"{name}_made"
                 nodes.append(_cast(f"{name}_made", name, kind))
-    _replace(model, nodes)
+    graph.replace(model, nodes)
 
 
 def _cast_ends(model: onnx.ModelProto, kind: str) -> None:
@@ -393,7 +388,7 @@ def _cast_ends(model: onnx.ModelProto, kind: str) -> None:
             node.output[at] = leave.get(name, name)
     first = [_cast(name, low, kind) for name, low in enter.items()]
     last = [_cast(low, name, "fp32") for name, low in leave.items()]
-    _replace(model, [*first, *model.graph.node, *last])
+    graph.replace(model, [*first, *model.graph.node, *last])
 
 
 def _rounding_pair(name: str, scale: str, zero: str, low: str, out: str) -> list[onnx.NodeProto]:
@@ -417,19 +412,11 @@ def _cast_pair(source: str, out: str, kind: str) -> list[onnx.NodeProto]:
 
 def _insert(model: onnx.ModelProto, before: Mapping[str, Sequence[onnx.NodeProto]]) -> None:
     """Put new nodes before others, which are known by their first output."""
-    _replace(model, [new for node in model.graph.node for new in (*before.get(node.output[0], ()), node)])
-
-
-def _replace(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    import onnx
-
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
+    graph.replace(model, [new for node in model.graph.node for new in (*before.get(node.output[0], ()), node)])
 
 
 def _drop_unused(model: onnx.ModelProto, names: Iterable[str]) -> None:
     """Remove initializers that nothing reads any more."""
-    used = _users(model)
+    used = graph.users(model)
     for tensor in [t for t in model.graph.initializer if t.name in set(names) and t.name not in used]:
         model.graph.initializer.remove(tensor)
