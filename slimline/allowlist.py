@@ -16,15 +16,19 @@ from typing import Any, NamedTuple
 
 from slimline.errors import ModelError
 
-MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
+MODEL_TYPES = (
+    "bert", "roberta", "xlm-roberta", "electra", "distilbert",
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "opt",
+)  # fmt: skip
+EMBEDDINGS = ("word_embeddings.weight", "embed_tokens.weight", "wte.weight")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt",
+    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
 MAX_HEADER_BYTES = 25_000_000
 MAX_JSON_BYTES = 100_000_000
 CHUNK_BYTES = 1 << 24  # finite or not is looked at in pieces, so that memory stays small
@@ -200,7 +204,7 @@ def _no_weights(folder: Path) -> ModelError:
 
 
 def _tokenizer(folder: Path, found: dict[str, Tensor], config: dict[str, Any]) -> None:
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"):
         if (folder / name).is_file():
             _refuse_hooks(folder / name, _json(folder / name))
     file = folder / "tokenizer.json"
@@ -213,9 +217,10 @@ def _tokenizer(folder: Path, found: dict[str, Tensor], config: dict[str, Any]) -
     ids += [token.get("id") if isinstance(token, dict) else None for token in added]
     if not all(type(i) is int and i >= 0 for i in ids):
         raise ModelError(f"{file}: a token has no whole number as its id. Save the tokenizer again.")
-    embeddings = [t.shape[0] for name, t in found.items() if name.endswith("word_embeddings.weight") and t.shape]
+    embeddings = [t.shape[0] for name, t in found.items() if name.endswith(EMBEDDINGS) and t.shape]
     if not embeddings:
-        raise ModelError(f"{folder}: no tensor 'word_embeddings.weight', so this is no {config['model_type']} model.")
+        names = " or ".join(EMBEDDINGS)
+        raise ModelError(f"{folder}: no tensor {names}, so this is no {config['model_type']} model.")
     if max(ids) >= min(embeddings):
         raise ModelError(
             f"{file} knows token {max(ids):,}, but the embedding has {min(embeddings):,} rows. "

@@ -4,6 +4,8 @@ A data set is a .parquet, .csv, .tsv or .jsonl file with the columns text and la
 calibration, validation, test). Without a split column a row's split comes from the hash of its normalized text, so that
 a duplicate never crosses. With one, a text found in two splits is refused. Other columns are not read. Rows keep the
 order of the file. A .tsv has no quoting (a quotation mark is a quotation mark); a .csv has the usual one.
+
+A language model is measured on documents: the same files and splits, of which only the column text is needed.
 """
 
 from __future__ import annotations
@@ -81,6 +83,28 @@ def read(path: Path, split: str, labels: Sequence[str] | None = None) -> Example
     return Examples([i for i, _, _ in chosen], [t for _, t, _ in chosen], [n for _, _, n in chosen], known)
 
 
+@dataclass(frozen=True)
+class Documents:
+    """The texts of one split, in the file's order."""
+
+    ids: list[str]
+    texts: list[str]
+
+
+def documents(path: Path, split: str) -> Documents:
+    """The texts of one split, whatever their labels, after the whole file was checked."""
+    if split not in SPLITS:
+        raise DataError(f"no split {split!r}. The splits are: {', '.join(SPLITS)}.")
+    rows = _rows(path, NEEDED[:1])
+    found = [_example(path, number, {"label": "-", **row}, None) for number, row in enumerate(rows, 1)]
+    _refuse_repeated_ids(path, [row_id for row_id, _, _ in found])
+    where = _given_splits(path, rows, found) if "split" in rows[0] else [assign_split(text) for _, text, _ in found]
+    chosen = [(row_id, text) for (row_id, text, _), place in zip(found, where) if place == split]
+    if not chosen:
+        raise DataError(f"{path} has no row in split {split!r} ({len(rows)} rows in all). Add rows to that split.")
+    return Documents([row_id for row_id, _ in chosen], [text for _, text in chosen])
+
+
 def normalize(text: str) -> str:
     """The text as duplicates are found by: compatible characters (NFKC), case and white space made one."""
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
@@ -96,41 +120,41 @@ def assign_split(text: str, shares: Sequence[float] = SHARES) -> str:
     return SPLITS[-1]
 
 
-def _rows(path: Path) -> list[Row]:
+def _rows(path: Path, needed: Sequence[str] = NEEDED) -> list[Row]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"{path} {what}. Give one file that ends in {', '.join(SUFFIXES)}.")
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path} ends in {path.suffix!r}. A data set ends in {', '.join(SUFFIXES)}.")
     if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty. It needs the columns {' and '.join(NEEDED)} and at least one row.")
+        raise DataError(f"{path} is empty. It needs the columns {' and '.join(needed)} and at least one row.")
     readers = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl}
-    rows = readers[path.suffix](path)
+    rows = readers[path.suffix](path, needed)
     if not rows:
         raise DataError(f"{path} has no rows. Add at least one row for every label and split.")
     return rows
 
 
-def _need_columns(path: Path, columns: Iterable[str]) -> list[str]:
+def _need_columns(path: Path, columns: Iterable[str], needed: Sequence[str]) -> list[str]:
     there = list(columns)
-    if missing := [name for name in NEEDED if name not in there]:
+    if missing := [name for name in needed if name not in there]:
         raise DataError(
-            f"{path} has the columns {', '.join(map(str, there)) or '(none)'} but needs {' and '.join(NEEDED)}: "
+            f"{path} has the columns {', '.join(map(str, there)) or '(none)'} but needs {' and '.join(needed)}: "
             f"{' and '.join(missing)} not found. Rename or add them."
         )
     repeated = {name for name in (*NEEDED, *OPTIONAL) if there.count(name) > 1}
     if repeated:
         raise DataError(f"{path} has more than one column {' and '.join(sorted(repeated))}. Keep one of each.")
-    return [name for name in (*NEEDED, *OPTIONAL) if name in there]
+    return [name for name in (*needed, *OPTIONAL) if name in there]
 
 
-def _parquet(path: Path) -> list[Row]:
+def _parquet(path: Path, needed: Sequence[str]) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = _need_columns(path, file.schema_arrow.names)
+            columns = _need_columns(path, file.schema_arrow.names, needed)
             rows: list[Row] = file.read(columns=columns).to_pylist()
             return rows
     except UnicodeDecodeError as error:
@@ -141,7 +165,7 @@ def _parquet(path: Path) -> list[Row]:
         ) from None
 
 
-def _csv(path: Path) -> list[Row]:
+def _csv(path: Path, needed: Sequence[str]) -> list[Row]:
     style: dict[str, Any] = (
         {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
     )
@@ -149,7 +173,7 @@ def _csv(path: Path) -> list[Row]:
     try:
         lines = csv.reader(io.StringIO(_text(path), newline=""), **style)
         header = next(lines, [])
-        keep = [(header.index(name), name) for name in _need_columns(path, header)]
+        keep = [(header.index(name), name) for name in _need_columns(path, header, needed)]
         rows = []
         for cells in lines:
             if cells and len(cells) != len(header):
@@ -166,7 +190,7 @@ def _csv(path: Path) -> list[Row]:
         csv.field_size_limit(before)
 
 
-def _jsonl(path: Path) -> list[Row]:
+def _jsonl(path: Path, needed: Sequence[str]) -> list[Row]:
     rows: list[Row] = []
     for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
@@ -177,7 +201,7 @@ def _jsonl(path: Path) -> list[Row]:
             raise DataError(f"{path}, line {number}: not JSON. Write one object a line.") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: a {type(row).__name__}, not an object. Write one object a line.")
-        columns = _need_columns(path, row)
+        columns = _need_columns(path, row, needed)
         if rows and columns != list(rows[0]):
             there = ", ".join(rows[0])
             raise DataError(f"{path}, line {number}: has {', '.join(columns)}, but line 1 {there}. Use the same keys.")

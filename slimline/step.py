@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slimline import allowlist, artifact, engine, probe, progress, store, technique
+from slimline import allowlist, artifact, decoder, engine, probe, progress, store, technique
 from slimline.artifact import Manifest, Stage
 from slimline.errors import ConfigError, ModelError, SlimlineError, StoreError
 from slimline.fetch import local
@@ -189,7 +189,7 @@ def _transform(
     return Made(
         metrics={key: float(value) for key, value in metrics.items()},
         format=module.GIVES,  # type: ignore[arg-type]
-        task="text-classification" if labels else "",
+        task=decoder.TASK if _generates(out, before) else "text-classification" if labels else "",
         labels=labels,
         base=before.base if before else origin.ref,
         parent=origin.digest,
@@ -325,9 +325,15 @@ def _digest_of(inputs: list[Input]) -> str:
     )
 
 
+def _generates(out: Path, before: Manifest | None) -> bool:
+    if (out / "config.json").is_file():
+        return decoder.is_decoder(out)
+    return bool(before and before.task == decoder.TASK)
+
+
 def _labels(out: Path) -> tuple[str, ...]:
     file = out / "config.json"
-    if not file.is_file():
+    if not file.is_file() or decoder.is_decoder(out):
         return ()
     table = json.loads(file.read_text(encoding="utf-8")).get("id2label") or {}
     return tuple(str(table[key]) for key in sorted(table, key=int))
