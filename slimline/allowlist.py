@@ -5,6 +5,7 @@ input, not a setting: keys that name code to load are refused at any depth. Noth
 follow such a key. Files that are neither taken nor dangerous (a README, pickles beside safetensors) are left behind.
 """
 
+# Long because what a folder may hold is one list, checked in one place.
 from __future__ import annotations
 
 import json

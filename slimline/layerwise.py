@@ -14,6 +14,7 @@ With several GPUs each works on its part of the samples, on a copy of the layer.
 Shapes: N = windows of calibration text, T = tokens of one, W = width, I = inputs of a map, O = its outputs.
 """
 
+# Long because entering, filling, running and storing a layer are one loop over one model.
 from __future__ import annotations
 
 import copy
