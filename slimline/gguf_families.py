@@ -2,8 +2,9 @@
 
 A tensor's name in one is found from its name in the other by the tables of the `gguf` package, asked with the names
 that the transformers model really has (built without memory, on the device "meta"). Three things are stored otherwise:
-llama's query and key rows, whose pairs are neighbours for llama.cpp and half a head apart for transformers (`turn`); the norms of gemma,
-to which llama.cpp has added the one that transformers adds while running; the maps of gpt2, which lie the other way.
+llama's query and key rows, whose pairs are neighbours for llama.cpp and half a head apart for transformers (`turn`);
+the norms of gemma, to which llama.cpp has added the one that transformers adds while running; and the maps of gpt2,
+which lie the other way.
 
 Shapes: R = rows, C = columns, N = heads, H = width of a head.
 """
@@ -50,6 +51,8 @@ IDS = {
     "tokenizer.ggml.padding_token_id": "pad_token_id",
 }
 ROPE_FREQS = "rope_freqs.weight"
+SCALED_BY = {"gemma2": 46, "gemma3": 62}
+"""Layers of the one model of each kind whose attention llama.cpp divides by columns / heads."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -103,21 +106,13 @@ def family_of(fields: dict[str, Any], where: str) -> tuple[str, Family]:
 def settings(
     fields: dict[str, Any], shapes: dict[str, tuple[int, ...]], freqs: Array | None, where: str
 ) -> dict[str, Any]:
-    """config.json's values from a file's settings, the shapes of its tensors, and rope_freqs.weight where it has one."""
+    """config.json's values from a file's settings, the shapes of its tensors and its rope_freqs.weight, if any."""
     architecture, family = family_of(fields, where)
 
     def said(key: str) -> Any:
         return fields.get(f"{architecture}.{key}")
 
-    values: dict[str, Any] = {"model_type": family.model_type}
-    for key, name in family.keys.items():
-        found = said(key)
-        if found is None and key == "attention.head_count_kv":
-            found = said("attention.head_count")
-        if isinstance(found, bool) or not isinstance(found, int | float) or not found > 0:
-            raise ModelError(f"{where}: {architecture}.{key} is {found!r}, where a number is needed. Convert it again.")
-        values[name] = found
-    values |= {name: said(key) for key, name in family.optional.items() if said(key) is not None}
+    values = _numbers(said, family, f"{where}: {architecture}", len(shapes))
     if "token_embd.weight" not in shapes:
         raise ModelError(f"{where} has no token_embd.weight. Give the first or only file of a whole model.")
     values["vocab_size"] = shapes["token_embd.weight"][0]
@@ -125,32 +120,46 @@ def settings(
     values |= {name: fields.get(key) for key, name in IDS.items()}
     if family.transposed:
         return values
-    heads, width = values["num_attention_heads"], values["hidden_size"]
+    width = values["hidden_size"] // values["num_attention_heads"]
+    if HEAD.items() <= family.optional.items():
+        values.setdefault("head_dim", width)
     if architecture == "llama":
-        values.setdefault("head_dim", said("rope.dimension_count") or width // heads)
         values["attention_bias"] = "blk.0.attn_q.bias" in shapes
         values["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
-    if architecture in ("gemma2", "gemma3"):
-        values["query_pre_attn_scalar"] = query_scalar(values)
-    if not values.get("sliding_window", 1):
-        values["sliding_window"] = None
-    rope = _rope(said, family, values, where)
-    if freqs is not None:
-        rope |= LLAMA3 | {"rope_type": "llama3", "factor": float(freqs.max())}
-        wanted = llama3_factors(rope, values.get("head_dim", width // heads))
-        if wanted.shape != freqs.shape or not np.allclose(wanted, freqs, rtol=1e-3):
-            raise ModelError(f"{where}: its {ROPE_FREQS} is not llama 3's. Bring the model in from its own safetensors.")
-    return values | {"rope_parameters": rope}
+    if architecture in SCALED_BY:
+        values["query_pre_attn_scalar"] = query_scalar(architecture, values)
+    return values | {"rope_parameters": _rope(said, family, values, freqs, where)}
 
 
-def query_scalar(values: dict[str, Any]) -> int:
-    """What gemma divides its attention by: the width of a head, but that of the 27B models by their depth."""
-    if values["num_hidden_layers"] in (46, 62):
+def _numbers(said: Callable[[str], Any], family: Family, where: str, num_tensors: int) -> dict[str, Any]:
+    values: dict[str, Any] = {"model_type": family.model_type}
+    for key, name in (family.keys | family.optional).items():
+        found = said(key)
+        if found is None and key == "attention.head_count_kv":
+            found = said("attention.head_count")
+        if found is None and key in family.optional:
+            continue
+        whole = type(found) is int and 0 < found < 2**31
+        if not whole and not (type(found) is float and 0 < found < math.inf):
+            if name != "sliding_window" or found != 0:  # none at all
+                raise ModelError(f"{where}.{key} is {found!r}, where a number is needed. Convert the model again.")
+            found = None
+        values[name] = found
+    if family.keys["block_count"] in values and values[family.keys["block_count"]] > num_tensors:
+        raise ModelError(f"{where}.block_count is {said('block_count')}, but there are {num_tensors} tensors.")
+    return values
+
+
+def query_scalar(architecture: str, values: dict[str, Any]) -> int:
+    """What gemma divides its attention by: the width of a head, but for the deepest model of each kind."""
+    if values["num_hidden_layers"] == SCALED_BY[architecture]:
         return int(values["hidden_size"]) // int(values["num_attention_heads"])
-    return int(values.get("head_dim", 256))
+    return int(values["head_dim"])
 
 
-def _rope(said: Callable[[str], Any], family: Family, values: dict[str, Any], where: str) -> dict[str, Any]:
+def _rope(
+    said: Callable[[str], Any], family: Family, values: dict[str, Any], freqs: Array | None, where: str
+) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(said("rope.freq_base") or family.theta)}
     kind, factor = said("rope.scaling.type"), said("rope.scaling.factor")
     if kind in ("linear", "yarn") and factor:
@@ -159,8 +168,13 @@ def _rope(said: Callable[[str], Any], family: Family, values: dict[str, Any], wh
             rope["original_max_position_embeddings"] = said("rope.scaling.original_context_length")
     elif kind not in (None, "none"):
         raise ModelError(f"{where}: positions are scaled by {kind!r}, which is not read. Take one with linear or yarn.")
+    width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    if freqs is not None:
+        rope |= LLAMA3 | {"rope_type": "llama3", "factor": float(freqs.max())}
+        wanted = llama3_factors(rope, width)
+        if wanted.shape != freqs.shape or not np.allclose(wanted, freqs, rtol=1e-3):
+            raise ModelError(f"{where}: its {ROPE_FREQS} is not llama 3's. Bring it in from its own safetensors.")
     if family.model_type == "phi3":
-        width = values["hidden_size"] // values["num_attention_heads"]
         rope["partial_rotary_factor"] = (said("rope.dimension_count") or width) / width
     if family.model_type == "gemma3_text":  # near and far layers turn at speeds of their own
         near = {"rope_type": "default", "rope_theta": float(said("rope.freq_base_swa") or 10_000.0)}
@@ -175,9 +189,12 @@ def places(values: dict[str, Any], where: str) -> list[Place]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     architecture = ARCHITECTURES[values["model_type"]]
-    config = AutoConfig.for_model(**values)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    try:
+        config = AutoConfig.for_model(**values)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise ModelError(f"{where}: its settings make no {values['model_type']} model: {error}.") from None
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[architecture], config.num_hidden_layers)
     found = []
@@ -231,7 +248,9 @@ def llama3_factors(rope: dict[str, Any], width: int) -> Array:
 
 
 def _heads(family: Family, place: Place, values: dict[str, Any]) -> int | None:
-    if not family.interleaved or not place.gguf.endswith(("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")):
+    if not family.interleaved or not place.gguf.endswith(
+        ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
+    ):
         return None
     return int(values["num_attention_heads" if ".attn_q." in place.gguf else "num_key_value_heads"])
 

@@ -23,6 +23,8 @@ RULES: dict[str, Any] = {
 """Rules that transformers has no regular expression for, as tokenizer.json writes them."""
 WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
 """Rules under which a word that is a token stays whole, whatever the merges say."""
+PLACES = ("gguf_file", "name_or_path", "is_local", "local_files_only")
+"""What transformers writes down of where a tokenizer lay."""
 MODELS = ("gpt2", "llama")
 PRE = "tokenizer.ggml.pre"
 
@@ -37,11 +39,15 @@ def check(header: Header) -> None:
         raise ModelError(f"{where}: its tokenizer is {model!r}. This version takes: {', '.join(MODELS)}.")
     rows = header.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in header.tensors else len(tokens)
     if len(tokens) > rows:
-        raise ModelError(f"{where} knows {len(tokens):,} tokens, but its embedding has {rows:,} rows. Convert it again.")
+        raise ModelError(
+            f"{where} knows {len(tokens):,} tokens, but its embedding has {rows:,} rows. Convert it again."
+        )
     for key in ("bos", "eos", "unknown", "padding"):
         number = fields.get(f"tokenizer.ggml.{key}_token_id", 0)
         if type(number) is not int or not 0 <= number < len(tokens):
-            raise ModelError(f"{where}: tokenizer.ggml.{key}_token_id is {number!r}, which is no token. Convert it again.")
+            raise ModelError(
+                f"{where}: tokenizer.ggml.{key}_token_id is {number!r}, which is no token. Convert it again."
+            )
     if model == "gpt2" and fields.get(PRE) not in {*RULES, *_splits()}:
         raise ModelError(
             f"{where}: its text is split by the rule {fields.get(PRE)!r}, which is not known here. "
@@ -64,7 +70,9 @@ def save(header: Header, out: Path) -> None:
         whole["model"]["ignore_merges"] = rule in WHOLE_WORDS
         _write(out / "tokenizer.json", whole)
     settings = _read(out / "tokenizer_config.json")
-    settings = {k: v for k, v in settings.items() if k not in ("gguf_file", "name_or_path", "is_local", "local_files_only")}
+    settings = {
+        k: v for k, v in settings.items() if k not in ("gguf_file", "name_or_path", "is_local", "local_files_only")
+    }
     if template := header.fields.get("tokenizer.chat_template"):
         settings["chat_template"] = template
     _write(out / "tokenizer_config.json", settings)

@@ -68,7 +68,9 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
         "size_bytes": float(sum(f.stat().st_size for f in out.iterdir())),
         "layers": float(next(values[k] for k in ("num_hidden_layers", "n_layer") if k in values)),
         "width": float(next(values[k] for k in ("hidden_size", "n_embd") if k in values)),
-        "source_bits_per_weight": 8 * sum(t.end - t.start for t in matrices) / sum(math.prod(t.shape) for t in matrices),
+        "source_bits_per_weight": 8
+        * sum(t.end - t.start for t in matrices)
+        / sum(math.prod(t.shape) for t in matrices),
     }
 
 
@@ -78,7 +80,9 @@ def only_file(source: Path) -> Path:
         return source
     found = sorted(file.name for file in source.iterdir() if file.suffix == SUFFIX)
     if len(found) != 1:
-        what = f"{len(found)} GGUF files ({', '.join(found[:3])}). Name one of them" if found else "no GGUF file. Name one"
+        what = (
+            f"{len(found)} GGUF files ({', '.join(found[:3])}). Name one of them" if found else "no GGUF file. Name one"
+        )
         raise ModelError(f"{source} holds {what}.")
     return source / found[0]
 
@@ -98,8 +102,8 @@ def check(header: Header, places: list[Place]) -> None:
             raise ModelError(f"{header.file} lacks {place.gguf!r} ({place.name}). {gguf_header.AGAIN}")
         if tensor.shape != wanted:
             raise ModelError(
-                f"{header.file}: tensor {place.gguf!r} is {list(tensor.shape)}, but its settings ask for {list(wanted)}. "
-                f"{gguf_header.AGAIN}"
+                f"{header.file}: tensor {place.gguf!r} is {list(tensor.shape)}, but its settings ask for "
+                f"{list(wanted)}. {gguf_header.AGAIN}"
             )
     if strange := sorted(header.tensors.keys() - {place.gguf for place in places} - set(IGNORED)):
         raise ModelError(
@@ -120,8 +124,10 @@ def write(header: Header, places: list[Place], values: dict[str, Any], dtype: st
             for floats in pieces(header, place, values):
                 converted = torch.from_numpy(floats).to(kind)
                 if not bool(converted.isfinite().all()):
-                    raise ModelError(f"{header.file}: tensor {place.gguf!r} is not finite in {dtype}. Set another dtype.")
-                handle.write(memoryview(converted.view(torch.uint8).numpy()))
+                    raise ModelError(
+                        f"{header.file}: tensor {place.gguf!r} is not finite in {dtype}. Set another dtype."
+                    )
+                handle.write(converted.view(torch.uint8).numpy().tobytes())
 
 
 def pieces(header: Header, place: Place, values: dict[str, Any]) -> Iterator[Floats]:
