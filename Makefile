@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RECIPE ?= examples/reviews/recipe.yaml
 TESTS ?=
 PORT ?= 5000
-IMAGES ?= cpu tensorrt llm mlflow
+IMAGES ?= cpu language tensorrt llm mlflow
 WHEELS ?=
 GPU_CHECK ?=
 GPU_PYTHON = $(or $(wildcard $(BIN)/python),python3)
@@ -31,7 +31,7 @@ help: ## List the targets and settings
 	@echo "  TORCH_INDEX  where the CPU build of torch is       (pip's settings, then download.pytorch.org/whl/cpu)"
 	@echo "  TESTS        more for pytest, as in -m 'not slow'  ()"
 	@echo "  PORT         of make ui                            ($(PORT))"
-	@echo "  IMAGES       which of cpu gpu tensorrt llm mlflow  ($(IMAGES))"
+	@echo "  IMAGES       of cpu gpu language tensorrt llm mlflow ($(IMAGES))"
 	@echo "  BASE         their base; debootstrap makes one     (python:3.11-slim-bookworm)"
 	@echo "  WHEELS       what gpu-check lacks, as a folder     ()"
 	@echo "  GPU_CHECK    more for gpu-check, as in --batches 1 ()"

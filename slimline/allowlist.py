@@ -156,6 +156,18 @@ def _entry(file: Path, name: str, entry: Any, base: int) -> Tensor:
     return Tensor(file, dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
+def head(sizes: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    """What a safetensors file begins with, for tensors of these (dtype, shape), which follow in this order."""
+    entries, at = {}, 0
+    for name, (dtype, shape) in sizes.items():
+        end = at + math.prod(shape) * WIDTHS[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def chunks(tensor: Tensor) -> Iterator[bytes]:
     """The tensor's bytes, in pieces of bounded size."""
     with tensor.file.open("rb") as handle:
