@@ -138,7 +138,9 @@ def _check_techniques(spec: dict[str, Any], values: dict[str, Any]) -> None:
             continue
         module = technique.find(f"{stage}.{method}")
         knobs = {k: v for k, v in given.items() if k not in ("method", "options", "source") and v not in (None, "")}
-        technique.configure(module, {**knobs, **options})
+        offered = {k: v for k, v in knobs.items() if k in technique.OFFERED}
+        demanded = {k: v for k, v in knobs.items() if k not in technique.OFFERED}
+        technique.configure(module, technique.taken(module, {**demanded, **options}, offered))
 
 
 PENDING = "made by an earlier step"
