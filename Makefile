@@ -40,6 +40,9 @@ help: ## List the targets and settings
 run: $(VENV)/run.stamp ## Install what is locked and run the example: a model in, a promoted smaller one out
 	$(BIN)/slimline run optimize -f $(RECIPE)
 
+run-llm: $(VENV)/run.stamp ## The same for a language model: SmolLM2 in, a promoted 4-bit one out
+	$(BIN)/slimline run language -f $(if $(filter-out examples/reviews/%,$(RECIPE)),$(RECIPE),examples/smollm/recipe.yaml)
+
 test: $(VENV)/dev.stamp ## Run the whole test suite, with coverage of the library
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(TESTS)
 
@@ -87,4 +90,4 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp requirements/dev.txt
 	requirements/install.sh dev
 	@touch $@
 
-.PHONY: help run test images test-containers lint ui compile lock benchmarks gpu-check clean
+.PHONY: help run run-llm test images test-containers lint ui compile lock benchmarks gpu-check clean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,16 @@ def quality(folder: Path) -> gate.Predictions | gate.Losses:
 
 
 def losses(folder: Path) -> gate.Losses:
-    """How surprised a language model is by each document."""
+    """How surprised a language model is by each document of which a token was scored."""
     import pyarrow.parquet as parquet
 
-    found = parquet.read_table(folder / DOCUMENTS)
-    text = (found.schema.metadata or {}).get(b"text", b"").decode()
-    columns = found.select(["id", "tokens", "nll"]).to_pydict()
-    return gate.Losses(ids=columns["id"], tokens=columns["tokens"], nll=columns["nll"], text=text)
+    rows = [row for row in parquet.read_table(folder / DOCUMENTS).to_pylist() if row["tokens"]]
+    return gate.Losses(
+        ids=[row["id"] for row in rows],
+        tokens=[row["tokens"] for row in rows],
+        nll=[row["nll"] for row in rows],
+        text=hashlib.sha256("".join(str(row["digest"]) for row in rows).encode()).hexdigest(),
+    )
 
 
 def strays(folder: Path) -> gate.Strays:

@@ -61,7 +61,7 @@ def read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is not a recipe: {where}. It must be YAML in UTF-8.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file} is not a recipe: it must be lines of `parameter: value`.")
-    for key in ("data", "source"):
+    for key in FILES:
         value = values.get(key)
         if isinstance(value, str) and "://" not in value and (file.parent / value).exists():
             values[key] = str(file.parent / value)
@@ -143,6 +143,8 @@ def _check_techniques(spec: dict[str, Any], values: dict[str, Any]) -> None:
         technique.configure(module, technique.taken(module, {**demanded, **options}, offered))
 
 
+FILES = ("source", "data", "tasks")
+"""Parameters that name something on disk: relative to the recipe, and there before anything runs."""
 PENDING = "made by an earlier step"
 
 
@@ -157,7 +159,7 @@ def _argument(given: dict[str, Any], definition: dict[str, Any], values: dict[st
 
 
 def _check_files(values: dict[str, Any]) -> None:
-    for name in ("data", "source"):
+    for name in FILES:
         value = values.get(name)
         if isinstance(value, str) and ":" not in value and not Path(value).expanduser().exists():
             raise DataError(f"{name} {value!r} does not exist in {Path.cwd()}. Give a path, or a ref.")
