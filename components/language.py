@@ -244,7 +244,7 @@ def evaluate_divergence(
 @port("language")
 def evaluate_choices(
     source: str,
-    tasks: str,
+    task: str,
     metrics: dsl.Output[dsl.Metrics],
     baseline: str = "",
     method: str = "multiple_choice",
@@ -254,7 +254,7 @@ def evaluate_choices(
 
     Args:
         source: Ref of the model to measure.
-        tasks: Ref of the folder with the task's YAML and its questions.
+        task: Ref of the folder with the task's YAML and its questions.
         metrics: What was measured.
         baseline: Ref of the evaluation to compare with; empty for the baseline itself.
         method: A file in slimline/evaluate.
@@ -265,7 +265,7 @@ def evaluate_choices(
     """
     from slimline import step
 
-    ref, numbers = step.run(f"evaluate.{method}", source, {"tasks": tasks, "baseline": baseline, **options})
+    ref, numbers = step.run(f"evaluate.{method}", source, {"task": task, "baseline": baseline, **options})
     metrics.metadata.update(numbers)
     return ref
 

@@ -30,7 +30,7 @@ from components.report import report
 def language(
     source: str,
     data: str,
-    tasks: str,
+    task: str,
     name: str,
     margin: float = 0.12,
     seed: int = 0,
@@ -60,7 +60,7 @@ def language(
     Args:
         source: The model: a folder, a .gguf file, or package:NAME/folder of an installed package.
         data: Documents: a .parquet, .csv, .tsv or .jsonl file with a column text.
-        tasks: Folder of a multiple-choice task as lm-evaluation-harness reads it: a YAML file and its questions.
+        task: Folder of a multiple-choice task as lm-evaluation-harness reads it: a YAML file and its questions.
         name: Registered model that the result becomes a version of.
         margin: By how much perplexity may grow, as a fraction (0.12 is twelve percent).
         seed: Of every random choice.
@@ -113,9 +113,9 @@ def language(
     divergence = evaluate_divergence(
         source=candidate, base=base, data=data, options=divergence_options
     ).outputs["Output"]  # fmt: skip
-    answered = evaluate_choices(source=served, tasks=tasks, options=choices_options)
+    answered = evaluate_choices(source=served, task=task, options=choices_options)
     choices_before = answered.set_display_name("choices-baseline").outputs["Output"]
-    answered = evaluate_choices(source=candidate, tasks=tasks, baseline=choices_before, options=choices_options)
+    answered = evaluate_choices(source=candidate, task=task, baseline=choices_before, options=choices_options)
     choices_after = answered.set_display_name("choices-candidate").outputs["Output"]
     speed = evaluate_generation(
         source=candidate, against=[served], data=data, threads=generation_threads, options=generation_options

@@ -143,7 +143,7 @@ def _check_techniques(spec: dict[str, Any], values: dict[str, Any]) -> None:
         technique.configure(module, technique.taken(module, {**demanded, **options}, offered))
 
 
-FILES = ("source", "data", "tasks")
+FILES = ("source", "data", "task")
 """Parameters that name something on disk: relative to the recipe, and there before anything runs."""
 PENDING = "made by an earlier step"
 
