@@ -4,17 +4,19 @@ The calibration text goes through the embedding once; then every layer in turn i
 in its changed form to make the next one's inputs, written as a shard, and let go. So each layer is calibrated on what
 the changed layers before it give, as it will be when it serves (Frantar et al., 2022, arXiv 2210.17323), and memory is
 one layer, its calibration inputs and whatever the change itself needs. A layer that an earlier, killed try has written
-is read back instead of made again.
+is read back instead of made again, and what comes out is the same to the byte.
 
     for layer in walk(source, out, tokens_NT):
         layer.store(...)        # every layer is stored exactly once
 
-With several GPUs each works on its part of the samples, on a copy of the layer.
+A layer is gone when the next one comes: what is to be summed over layers goes into `layer.numbers`, which is written
+with the layer and so outlives a kill, and comes out of `walk` in `totals`. With several GPUs each works on its part of
+the samples, on a copy of the layer.
 
 Shapes: N = windows of calibration text, T = tokens of one, W = width, I = inputs of a map, O = its outputs.
 """
 
-# Long because entering, filling, running and storing a layer are one loop over one model.
+# Long because what a layer sees, how it is changed and how it comes back after a kill must agree to the byte.
 from __future__ import annotations
 
 import copy
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     import torch
 
     Measure = Callable[[torch.Tensor], torch.Tensor]
-    """(inputs [tokens, I] of one batch, float32) -> something of a fixed shape that can be summed over batches."""
+    """(inputs [tokens, I] of one batch, float32) -> a new tensor of a fixed shape that can be summed over batches."""
     Change = Callable[[str, torch.Tensor], torch.Tensor]
     """(name, tensor) -> the tensor to store in its place, for what lies around the layers."""
 
@@ -59,6 +61,8 @@ class Layer:
     target_NTW: torch.Tensor | None = None
     """With `original`: what the source's own layer makes of what entered it in the source."""
     stored: dict[str, torch.Tensor] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+    """What is to be summed over all layers, such as a squared error."""
 
     def map(self, name: str) -> Any:
         """A linear map by its name within the layer."""
@@ -90,7 +94,7 @@ class Layer:
         """What `measure` says of each map's inputs, summed (or combined) over all calibration text."""
         import torch
 
-        combine = combine or torch.add
+        combine = combine or (lambda total, value: total.add_(value))  # in place: a Hessian can be gigabytes
         found: dict[str, torch.Tensor] = {}
 
         def part(module: Any, batches: Sequence[slice]) -> dict[str, torch.Tensor]:
@@ -173,35 +177,43 @@ def walk(
     change_rest: Change | None = None,
     dtype: str = "",
     devices: Sequence[str] = (),
+    totals: dict[str, float] | None = None,
 ) -> Iterator[Layer]:
     """Every layer in turn, filled. After each, what it stored is written; at the end the rest of the model is, too.
 
     `tokens_NT`, int64 [N, T], is calibration text; without it layers have no inputs and are not run. `original` runs
     the source's own layers beside the changed ones (see Layer.target_NTW), for twice the memory of inputs. What is
-    stored as floats goes back to the type it came in, or to `dtype`. config.json is left to the caller.
+    stored as floats goes back to the type it came in, or to `dtype`, and the next layers see it rounded to that.
+    `totals` gets the sums of all layers' `numbers`. config.json is left to the caller.
     """
     values = hf.read_config(source)
-    kind, weights, writer = decoder.family(values, source), Weights(source), Writer(out)
+    kind, weights = decoder.family(values, source), Weights(source)
     devices = list(devices) or available_devices()
     layers, hidden_NTW, calls = _enter(source, kind, weights, tokens_NT)
+    writer = Writer(out, len(layers) + 1)
     original_NTW = hidden_NTW.clone() if original else None
-    for i in track(range(len(layers)), what):
+    sums: dict[str, float] = {} if totals is None else totals
+    done = next(i for i in range(len(layers) + 2) if not writer.finished(i))
+    note = f"resumed at layer {done + 1} of {len(layers)}" if 0 < done < len(layers) else ""
+    for i in track(range(len(layers)), what, lambda: note):
         layer = Layer(i, f"{kind.layers}.{i}", layers[i], kind, hidden_NTW, calls[i], devices)
-        finished = writer.finished(i)
-        if original_NTW is not None or not finished:
+        if original_NTW is not None or i >= done:
             types = _fill(layer, weights)
         if original_NTW is not None:
             layer.target_NTW = original_NTW = layer.outputs(original_NTW, into=original_NTW)
-        if finished:
-            _restore(layer, writer)
+        if i < done:
+            layer.numbers = writer.numbers(i)
+            if tokens_NT is not None:
+                _restore(layer, writer)
         else:
             yield layer
-            if not layer.stored:
-                raise AssertionError(f"{layer.name} was not stored")
-            writer.write(i, {f"{layer.name}.{k}": _typed(k, v, types, dtype) for k, v in layer.stored.items()})
+            _write(layer, writer, types, dtype)
+        for name, number in layer.numbers.items():
+            sums[name] = sums.get(name, 0.0) + number
         if tokens_NT is not None and i + 1 < len(layers):
             hidden_NTW = layer.outputs(into=hidden_NTW)
-        layers[i] = None
+        layers[i] = layer.module = None  # whoever asked for the layer may hold it still when the next one is filled
+        layer.stored = {}
         weights.close()
     _rest(kind, weights, writer, len(layers), change_rest, dtype)
 
@@ -242,15 +254,28 @@ def _enter(source: Path, kind: Family, weights: Weights, tokens_NT: Any) -> tupl
     notes = [Noting() for _ in layers]
     for i, note in enumerate(notes):
         layers[i] = note
-    around = [name for name in weights.floats() if not name.startswith((f"{kind.layers}.", f"{kind.head}."))]
+    table = f"{kind.embedding}.weight"
+    around = [n for n in weights.floats() if not n.startswith((f"{kind.layers}.", f"{kind.head}.")) and n != table]
     model.load_state_dict({n: weights.read(n, kind.transposed).float() for n in around}, strict=False, assign=True)
-    rows = []
+    _embed_only(model.get_submodule(kind.embedding), weights.read(table), tokens_NT.unique())
+    hidden_NTW = torch.empty(0)
     with torch.no_grad():
         for at in range(len(tokens_NT)):
             model.base_model(input_ids=tokens_NT[at : at + 1], use_cache=False)
-            rows.append(notes[0].hidden_BTW)
+            row_1TW = notes[0].hidden_BTW
+            hidden_NTW = hidden_NTW if at else row_1TW.new_empty(len(tokens_NT), *row_1TW.shape[1:])
+            hidden_NTW[at] = row_1TW[0]
     weights.close()
-    return real, torch.cat(rows), [note.call for note in notes]
+    return real, hidden_NTW, [note.call for note in notes]
+
+
+def _embed_only(embedding: Any, table_VW: torch.Tensor, used_U: torch.Tensor) -> None:
+    """Give an embedding the rows of these tokens alone, in float32: a whole one may be larger than a layer."""
+    import torch
+
+    embedding.padding_idx = None
+    embedding.weight = torch.nn.Parameter(table_VW[used_U].float(), requires_grad=False)
+    embedding.register_forward_pre_hook(lambda _, ids: (torch.searchsorted(used_U, ids[0]),))
 
 
 def _fill(layer: Layer, weights: Weights) -> dict[str, torch.dtype]:
@@ -274,7 +299,9 @@ def _restore(layer: Layer, writer: Writer) -> None:
 
 
 def _give(layer: Layer, state: dict[str, torch.Tensor], where: str) -> None:
-    state = {name: tensor.float().to(layer.devices[0]) for name, tensor in state.items()}
+    import torch
+
+    state = {name: tensor.to(layer.devices[0], torch.float32) for name, tensor in state.items()}
     layer.module.load_state_dict(state, strict=False, assign=True)
     empty = [name for name, p in layer.module.named_parameters() if p.device.type == "meta"]
     if empty:
@@ -282,25 +309,37 @@ def _give(layer: Layer, state: dict[str, torch.Tensor], where: str) -> None:
     layer.module.to(layer.devices[0]).requires_grad_(False)
 
 
-def _typed(name: str, tensor: torch.Tensor, types: dict[str, torch.dtype], dtype: str) -> torch.Tensor:
-    """The tensor in the type that it is stored in: parts of packed matrices are what they are."""
+def _write(layer: Layer, writer: Writer, types: dict[str, torch.dtype], dtype: str) -> None:
+    """Write what the layer stored, and leave in the layer what a reader will find: floats rounded to their type."""
+    if not layer.stored:
+        raise AssertionError(f"{layer.name} was not stored")
+    kinds = {name: _kept(name, tensor, types, dtype) for name, tensor in layer.stored.items()}
+    for name, tensor in layer.stored.items():
+        if kinds[name] != tensor.dtype:
+            tensor.copy_(tensor.to(kinds[name]))
+    tensors = {f"{layer.name}.{name}": tensor for name, tensor in layer.stored.items()}
+    writer.write(layer.index, tensors, {f"{layer.name}.{name}": kind for name, kind in kinds.items()}, layer.numbers)
+
+
+def _kept(name: str, tensor: torch.Tensor, types: dict[str, torch.dtype], dtype: str) -> torch.dtype:
+    """The type that a tensor is stored in: parts of packed matrices are what they are."""
     import torch
 
     if name not in types or not tensor.is_floating_point() or tensor.dtype == torch.float8_e4m3fn:
-        return tensor
-    return tensor.to(getattr(torch, dtype) if dtype else types[name])
+        return tensor.dtype
+    return getattr(torch, dtype) if dtype else types[name]
 
 
 def _rest(kind: Family, weights: Weights, writer: Writer, number: int, change: Change | None, dtype: str) -> None:
-    """Write what lies around the layers, a tensor at a time in memory, and name the shards."""
-    names = [name for name in weights.stored() if not name.startswith(f"{kind.layers}.")]
+    """Write what lies around the layers and name the shards. What is not changed passes through as it is mapped."""
     if not writer.finished(number):
-        tensors = {}
-        for name in names:
+        tensors, kinds = {}, {}
+        for name in (name for name in weights.stored() if not name.startswith(f"{kind.layers}.")):
             tensor = weights.raw(name)
             changed = change(name, tensor.float()) if change else tensor
-            tensors[name] = _typed(name, changed, {name: tensor.dtype}, dtype)
-        writer.write(number, tensors)
+            kinds[name] = _kept(name, changed, {name: tensor.dtype}, dtype)
+            tensors[name] = changed.to(kinds[name]) if change else changed
+        writer.write(number, tensors, kinds)
     writer.finish()
 
 

@@ -2,7 +2,8 @@
 
 `Weights` is a folder's tensors by name, memory mapped: nothing is read before it is asked for, and nothing is kept.
 `Writer` writes shards of which each is whole or not there, and at the end the index that names them; what an earlier,
-killed try has finished is found again. Matrices of packed integers (packed.py) can be read as floats.
+killed try has finished is found again, with the numbers that were to be remembered of it. Matrices of packed integers
+(packed.py) can be read as floats.
 """
 
 from __future__ import annotations
@@ -83,31 +84,70 @@ class Weights:
         self.opened.clear()
 
 
-PART = "part-{:05}.safetensors"
+NUMBERS = "slimline_numbers"
+"""Where a shard's own metadata keeps what is to be remembered of it."""
+DTYPES = {
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
+    "torch.float8_e4m3fn": "F8_E4M3", "torch.int64": "I64", "torch.int32": "I32", "torch.int8": "I8",
+    "torch.uint8": "U8", "torch.bool": "BOOL",
+}  # fmt: skip
+"""The names of types in safetensors."""
 
 
 class Writer:
-    """Shards of one folder, one `write` each, in order; `finish` gives them their names and the index.
+    """Shards of one folder, one `write` each and in any order; `finish` writes the index that names them.
 
     A shard is written under another name and moved into place, so it is whole if it is there. `finished` says which
-    parts an earlier try has left.
+    parts an earlier, killed try has left. Tensors go to disk one by one: memory is one of them.
     """
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, parts: int) -> None:
+        self.out, self.parts = out, parts
+
+    def file(self, number: int) -> Path:
+        """Where a part lies, named as transformers names shards; a single one is model.safetensors."""
+        if self.parts == 1:
+            return self.out / allowlist.WEIGHTS
+        return self.out / f"model-{number + 1:05}-of-{self.parts:05}.safetensors"
 
     def finished(self, number: int) -> bool:
-        """Whether this part is there, from now or from an earlier try."""
-        return (self.out / PART.format(number)).is_file()
+        """Whether this part is there and whole, from now or from an earlier try."""
+        try:
+            return bool(allowlist.header(self.file(number)))
+        except (OSError, ModelError):  # not there, or what a machine that lost its power has left
+            return False
 
-    def write(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Write one part. Tensors go to disk as they are."""
-        from safetensors.torch import save_file
-
-        file = self.out / PART.format(number)
-        unfinished = self.out / f".{file.name}"
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, unfinished, {"format": "pt"})
-        with unfinished.open("rb") as handle:
+    def write(
+        self,
+        number: int,
+        tensors: dict[str, torch.Tensor],
+        types: dict[str, torch.dtype] | None = None,
+        numbers: dict[str, float] | None = None,
+    ) -> None:
+        """Write one part, tensors in the type that `types` says or else in their own, and numbers to remember."""
+        kinds = {name: (types or {}).get(name, tensor.dtype) for name, tensor in tensors.items()}
+        order = sorted(
+            tensors, key=lambda name: (-kinds[name].itemsize, name)
+        )  # each starts at a multiple of its width
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        if numbers:
+            entries["__metadata__"][NUMBERS] = json.dumps(numbers, sort_keys=True)
+        at = 0
+        for name in order:
+            end = at + tensors[name].numel() * kinds[name].itemsize
+            entries[name] = {
+                "dtype": DTYPES[str(kinds[name])], "shape": list(tensors[name].shape), "data_offsets": [at, end],
+            }  # fmt: skip
+            at = end
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file = self.file(number)
+        unfinished = file.with_name(f".{file.name}")
+        with unfinished.open("wb") as handle:
+            handle.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                handle.write(_bytes(tensors[name], kinds[name]))
+            handle.flush()
             os.fsync(handle.fileno())
         unfinished.replace(file)
 
@@ -115,22 +155,33 @@ class Writer:
         """The tensors of a finished part as stored."""
         from safetensors import safe_open
 
-        with safe_open(str(self.out / PART.format(number)), framework="pt") as part:
+        with safe_open(str(self.file(number)), framework="pt") as part:
             for name in part.keys():  # noqa: SIM118  safe_open is no mapping
                 yield name, part.get_tensor(name)
 
+    def numbers(self, number: int) -> dict[str, float]:
+        """What was to be remembered of a finished part."""
+        from safetensors import safe_open
+
+        with safe_open(str(self.file(number)), framework="pt") as part:
+            found: dict[str, float] = json.loads((part.metadata() or {}).get(NUMBERS, "{}"))
+        return found
+
     def finish(self) -> None:
-        """Name the parts as transformers does and write the index; a single part is model.safetensors."""
-        parts = sorted(self.out.glob("part-*.safetensors"))
-        if len(parts) == 1:
-            parts[0].rename(self.out / allowlist.WEIGHTS)
+        """Write the index, which a single part does without."""
+        if self.parts == 1:
             return
         placed, size = {}, 0
-        for number, part in enumerate(parts, 1):
-            name = f"model-{number:05}-of-{len(parts):05}.safetensors"
-            for tensor, entry in allowlist.header(part).items():
-                placed[tensor] = name
+        for number in range(self.parts):
+            for tensor, entry in allowlist.header(self.file(number)).items():
+                placed[tensor] = self.file(number).name
                 size += entry.end - entry.start
-            part.rename(self.out / name)
         index = {"metadata": {"total_size": size}, "weight_map": placed}
         (self.out / allowlist.INDEX).write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def _bytes(tensor: torch.Tensor, dtype: torch.dtype) -> Any:
+    """A tensor's bytes in a type, without a copy where it has that type already."""
+    import torch
+
+    return tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data

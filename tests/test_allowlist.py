@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from slimline import allowlist
 from slimline.errors import ModelError
+from tests.decoders import make_decoder
 
 EMBEDDING = "embeddings.word_embeddings.weight"
 CONFIG = {"model_type": "bert", "hidden_size": 4, "num_hidden_layers": 1, "_name_or_path": "somebody/bert"}
@@ -94,13 +95,30 @@ def test_a_link_is_refused(model):
 @pytest.mark.parametrize(
     "config, sentence",
     [
-        ({**CONFIG, "model_type": "llama"}, "model_type is 'llama'.*bert, roberta"),
+        ({**CONFIG, "model_type": "mamba"}, "model_type is 'mamba'.*bert, roberta.*llama"),
         ({**CONFIG, "quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)"),
         ([], "a JSON list, not an object"),
     ],
 )
 def test_a_config_of_another_kind_is_refused(config, sentence, tmp_path):
     refused(build(tmp_path / "model", config), sentence)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "opt", "gpt2"])
+def test_what_is_asked_of_an_encoder_is_asked_of_a_decoder(kind, tmp_path):
+    folder = make_decoder(kind, tmp_path / kind)
+    allowlist.check(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "x--y.Z"}}))
+    refused(folder, "the key 'auto_map' can name code")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text('{"custom_generate": "somebody/decoding"}')
+    refused(folder, "generation_config.json: the key 'custom_generate' can name code")
+    (folder / "generation_config.json").unlink()
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith(("embed_tokens.weight", "wte.weight")))
+    save_file({**weights, name: weights[name][:28]}, folder / "model.safetensors")
+    refused(folder, "knows token 28, but the embedding has 28 rows")
 
 
 def test_a_config_that_is_not_json_is_refused(model):

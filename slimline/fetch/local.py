@@ -1,7 +1,8 @@
 """Local: a model from a folder of this machine, or from inside an installed package, without running any of it.
 
 The folder is checked (see slimline.allowlist), then what a model needs is copied: config.json, the tokenizer's files
-and the weights, shards merged into one model.safetensors. Numbers keep their format. The source is only read.
+and the weights: shards of an encoder merged into one model.safetensors, those of a language model as they are, since
+whatever reads one reads shards. Numbers keep their format, memory stays small, and the source is only read.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from slimline import allowlist
+from slimline.decoder import FAMILIES
 from slimline.errors import ConfigError, ModelError
 from slimline.technique import BaseConfig, Metrics, track
 
@@ -31,8 +33,10 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     folder = source.parent if source.is_file() else source
     allowlist.check(folder)
     settings, found = allowlist.read_config(folder), allowlist.tensors(folder)
-    layers = settings.get("num_hidden_layers", settings.get("n_layers"))
-    width = settings.get("hidden_size", settings.get("dim"))
+    layers, width = (
+        next((settings[name] for name in names if name in settings), None)
+        for names in (("num_hidden_layers", "n_layers", "n_layer"), ("hidden_size", "dim", "n_embd"))
+    )
     if type(layers) is not int or type(width) is not int or layers < 1 or width < 1:
         raise ModelError(f"{folder / 'config.json'} gives layers {layers!r} and width {width!r}. Both must be numbers.")
     for name in ("config.json", *allowlist.TOKENIZER_FILES):
@@ -40,6 +44,9 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
             shutil.copyfile(folder / name, out / name)
     if (folder / allowlist.WEIGHTS).is_file():
         shutil.copyfile(folder / allowlist.WEIGHTS, out / allowlist.WEIGHTS)
+    elif settings["model_type"] in FAMILIES:
+        for name in (allowlist.INDEX, *sorted({tensor.file.name for tensor in found.values()})):
+            shutil.copyfile(folder / name, out / name)
     else:
         merge(found, out / allowlist.WEIGHTS)
     return {

@@ -25,10 +25,10 @@ class Config(GridConfig):
 
 def run(source: Path, out: Path, config: Config) -> Metrics:
     """Write the model with every layer's maps packed. Embedding and head stay floats."""
-    kind, scheme, schemes = grid.check(source, config.group_size), config.scheme, {}
-    error = weight = 0.0
-    for layer in layerwise.walk(source, out, what="rounding layers"):
-        packing = {}
+    kind, scheme = grid.check(source, config.group_size), config.scheme
+    totals: Metrics = {}
+    for layer in layerwise.walk(source, out, what="rounding layers", totals=totals):
+        packing, error, weight = {}, 0.0, 0.0
         for name in kind.maps:
             weight_OI = layer.weight(name)
             scale_OG, zero_OG = grid.fit(weight_OI, scheme, search=config.search)
@@ -36,7 +36,8 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
             error += float((whole.floats() - weight_OI).square().sum())
             weight += float(weight_OI.square().sum())
             packing[name] = packed.pack(whole, scheme.bits)
+        layer.numbers = {"error": error, "weight": weight}
         layer.store(packing)
     schemes = {f"{kind.layers}.{i}.{name}": scheme for i in range(layerwise.depth(source)) for name in kind.maps}
     grid.finish(source, out, schemes)
-    return {"bits": float(config.bits), "relative_error": (error / weight) ** 0.5 if weight else 0.0}
+    return {"bits": float(config.bits), "relative_error": (totals["error"] / (totals["weight"] or 1.0)) ** 0.5}
