@@ -29,6 +29,8 @@ Pattern = Literal["unstructured", "2:4", "4:8"]
 class Sparsity(passages.Passages):
     """Options of all that zero the weights of a language model by its inputs."""
 
+    windows: int = Field(32, ge=1, description="pieces of text that are drawn, at the most")
+    length: int = Field(256, ge=2, description="tokens of each piece")
     sparsity: float = Field(0.5, ge=0, lt=1, description="fraction of every map's weights that becomes zero")
     pattern: Pattern = Field("unstructured", description="where zeros may lie: 2:4 is two of every four neighbours")
 
