@@ -59,7 +59,7 @@ class Layer:
     call: Call
     devices: Sequence[str]
     target_NTW: torch.Tensor | None = None
-    """With `original`: what the source's own layer makes of what entered it in the source."""
+    """With `original`, or in `look`: what the source's own layer makes of what entered it in the source."""
     stored: dict[str, torch.Tensor] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
     """What is to be summed over all layers, such as a squared error."""
@@ -216,6 +216,21 @@ def walk(
         layer.stored = {}
         weights.close()
     _rest(kind, weights, writer, len(layers), change_rest, dtype)
+
+
+def look(
+    source: Path, tokens_NT: Any, what: str = "looking at the layers", devices: Sequence[str] = ()
+) -> Iterator[Layer]:
+    """Every layer in turn, as it is in the source, with `target_NTW` what it makes of its inputs. Writes nothing."""
+    kind, weights = decoder.family(hf.read_config(source), source), Weights(source)
+    layers, hidden_NTW, calls = _enter(source, kind, weights, tokens_NT)
+    for i in track(range(len(layers)), what):
+        layer = Layer(i, f"{kind.layers}.{i}", layers[i], kind, hidden_NTW, calls[i], devices or available_devices())
+        _fill(layer, weights)
+        layer.target_NTW = hidden_NTW = layer.outputs()
+        yield layer
+        layers[i] = None
+        weights.close()
 
 
 def depth(source: Path) -> int:
