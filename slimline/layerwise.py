@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     Measure = Callable[[torch.Tensor], torch.Tensor]
     """(inputs [tokens, I] of one batch, float32) -> something of a fixed shape that can be summed over batches."""
-    Change = Callable[[str, torch.Tensor], torch.Tensor]
-    """(name, tensor) -> the tensor to store in its place, for what lies around the layers."""
+    Change = Callable[[str, torch.Tensor], torch.Tensor | dict[str, torch.Tensor]]
+    """(name, tensor) -> the tensor to store in its place, or several by name, for what lies around the layers."""
 
 TOKENS_AT_ONCE = 2048
 """Calibration tokens that go through a layer together."""
@@ -298,7 +298,8 @@ def _rest(kind: Family, weights: Weights, writer: Writer, number: int, change: C
         for name in names:
             tensor = weights.raw(name)
             changed = change(name, tensor.float()) if change else tensor
-            tensors[name] = _typed(name, changed, {name: tensor.dtype}, dtype)
+            several = changed if isinstance(changed, dict) else {name: changed}
+            tensors |= {k: _typed(k, v, {k: tensor.dtype}, dtype) for k, v in several.items()}
         writer.write(number, tensors)
     writer.finish()
 
