@@ -1,6 +1,6 @@
 """Rotations that spread what stands out: Hadamard matrices of the sizes that models have, or drawn at random.
 
-A Hadamard matrix holds only +1 and -1 and its rows are orthogonal, so that every coordinate of what it turns is a mix of
+A Hadamard matrix holds only +1 and -1 and its rows are orthogonal: every coordinate of what it turns is a mix of
 all in equal parts. Orders are 2^k times one that Paley's constructions give: q + 1 for a prime q = 3 mod 4, or
 2 (q + 1) for a prime q = 1 mod 4 (Paley, 1933). That covers the widths of the usual models, such as 576 = 16 * 36.
 
@@ -19,7 +19,7 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def matrix(size: int, form: str, seed: int) -> Floats:
-    """An orthogonal matrix float64 [n, n], by seed: a Hadamard matrix with the signs of its rows drawn, or a random one.
+    """An orthogonal float64 [n, n], by seed: a Hadamard matrix with the signs of its rows drawn, or a random one.
 
     Raises ConfigError if there is no Hadamard matrix of that size here.
     """
@@ -57,7 +57,9 @@ def paley(order: int) -> Floats | None:
         whole: Floats = np.block([[np.zeros((1, 1)), edge], [-edge.T, residues]]) + np.eye(order)
         return whole
     conference = np.block([[np.zeros((1, 1)), edge], [edge.T, residues]])
-    twice: Floats = np.kron(conference, [[1.0, 1.0], [1.0, -1.0]]) + np.kron(np.eye(prime + 1), [[1.0, -1.0], [-1.0, -1.0]])
+    twice: Floats = np.kron(conference, [[1.0, 1.0], [1.0, -1.0]]) + np.kron(
+        np.eye(prime + 1), [[1.0, -1.0], [-1.0, -1.0]]
+    )
     return twice
 
 
