@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     Measure = Callable[[torch.Tensor], torch.Tensor]
     """(inputs [tokens, I] of one batch, float32) -> a new tensor of a fixed shape that can be summed over batches."""
-    Change = Callable[[str, torch.Tensor], torch.Tensor]
-    """(name, tensor) -> the tensor to store in its place, for what lies around the layers."""
+    Change = Callable[[str, torch.Tensor], torch.Tensor | dict[str, torch.Tensor]]
+    """(name, tensor) -> the tensor to store in its place, or several by name, for what lies around the layers."""
 
 TOKENS_AT_ONCE = 2048
 """Calibration tokens that go through a layer together."""
@@ -352,8 +352,9 @@ def _rest(kind: Family, weights: Weights, writer: Writer, number: int, change: C
         for name in (name for name in weights.stored() if not name.startswith(f"{kind.layers}.")):
             tensor = weights.raw(name)
             changed = change(name, tensor.float()) if change else tensor
-            kinds[name] = _kept(name, changed, {name: tensor.dtype}, dtype)
-            tensors[name] = changed.to(kinds[name]) if change else changed
+            for key, value in (changed if isinstance(changed, dict) else {name: changed}).items():
+                kinds[key] = _kept(key, value, {key: tensor.dtype}, dtype)
+                tensors[key] = value.to(kinds[key]) if change else value
         writer.write(number, tensors, kinds)
     writer.finish()
 
