@@ -50,6 +50,7 @@ IDS = {
     "tokenizer.ggml.eos_token_id": "eos_token_id",
     "tokenizer.ggml.padding_token_id": "pad_token_id",
 }
+GELU = "gelu_pytorch_tanh"
 ROPE_FREQS = "rope_freqs.weight"
 SCALED_BY = {"gemma2": 46, "gemma3": 62}
 """Layers of the one model of each kind whose attention llama.cpp divides by columns / heads."""
@@ -71,17 +72,18 @@ class Family:
     transposed: bool = False
     theta: float = 10_000.0
     """What rope.freq_base is where the file does not say."""
+    activation: str = "silu"
 
 
 FAMILIES = {
     "llama": Family("llama", DECODER, HEAD, interleaved=True),
     "qwen2": Family("qwen2", DECODER),
     "qwen3": Family("qwen3", DECODER, HEAD),
-    "gemma": Family("gemma", DECODER, HEAD, norms_plus=1.0),
-    "gemma2": Family("gemma2", DECODER, HEAD | SLIDING | CAPS, norms_plus=1.0),
-    "gemma3": Family("gemma3_text", DECODER, HEAD | SLIDING | CAPS, norms_plus=1.0, theta=1_000_000.0),
+    "gemma": Family("gemma", DECODER, HEAD, norms_plus=1.0, activation=GELU),
+    "gemma2": Family("gemma2", DECODER, HEAD | SLIDING | CAPS, norms_plus=1.0, activation=GELU),
+    "gemma3": Family("gemma3_text", DECODER, HEAD | SLIDING | CAPS, norms_plus=1.0, theta=1e6, activation=GELU),
     "phi3": Family("phi3", DECODER, {"rope.scaling.original_context_length": "original_max_position_embeddings"}),
-    "gpt2": Family("gpt2", GPT2, transposed=True),
+    "gpt2": Family("gpt2", GPT2, transposed=True, activation="gelu_new"),
 }
 ARCHITECTURES = {family.model_type: name for name, family in FAMILIES.items()} | {"mistral": "llama"}
 """Which architecture of llama.cpp runs a model type."""
@@ -180,6 +182,80 @@ def _rope(
         near = {"rope_type": "default", "rope_theta": float(said("rope.freq_base_swa") or 10_000.0)}
         return {"full_attention": rope, "sliding_attention": near}
     return rope
+
+
+def described(plain: dict[str, Any], where: str) -> tuple[str, Family, dict[str, Any]]:
+    """Architecture, family and all values, defaults too, of a config.json. Raises ModelError for other models."""
+    from transformers import AutoConfig
+
+    kind = plain.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ModelError(f"{where} is of a {kind} model. GGUF is written of: {', '.join(ARCHITECTURES)}.")
+    if plain.get("quantization_config"):
+        raise ModelError(f"{where}: the model is quantized already. Export the one that it was made from.")
+    values: dict[str, Any] = AutoConfig.for_model(**plain).to_dict()
+    return ARCHITECTURES[kind], FAMILIES[ARCHITECTURES[kind]], values
+
+
+def slowed(values: dict[str, Any]) -> Array | None:
+    """What rope_freqs.weight holds, for a model with llama 3's slowed turns."""
+    rope = values.get("rope_parameters") or {}
+    if rope.get("rope_type") != "llama3":
+        return None
+    return llama3_factors(rope, values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"])
+
+
+def fields(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """A GGUF's settings from config.json's values, by key, without the architecture before it. The other way round.
+
+    Raises ModelError for what llama.cpp would compute otherwise.
+    """
+    architecture = ARCHITECTURES[values["model_type"]]
+    family = FAMILIES[architecture]
+    _require_the_same(architecture, values, where)
+    found = {key: values.get(name) for key, name in (family.keys | family.optional).items()}
+    if family.transposed:
+        return found | {"feed_forward_length": found["feed_forward_length"] or 4 * values["n_embd"]}
+    found["attention.head_count_kv"] = found["attention.head_count_kv"] or values["num_attention_heads"]
+    if architecture == "phi3":
+        found["attention.sliding_window"] = values.get("sliding_window") or 0
+    width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    if "attention.key_length" in found:
+        found["attention.value_length"] = found["attention.key_length"] = width
+    rope = values["rope_parameters"]
+    if architecture == "gemma3":
+        found["rope.freq_base_swa"] = float(rope["sliding_attention"]["rope_theta"])
+        rope = rope["full_attention"]
+    found["rope.freq_base"] = float(rope["rope_theta"])
+    found["rope.dimension_count"] = int(width * rope.get("partial_rotary_factor", 1.0))
+    kind = rope.get("rope_type", "default")
+    if kind in ("linear", "yarn"):
+        found |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+        found["rope.scaling.original_context_length"] = rope.get("original_max_position_embeddings")
+    elif kind not in ("default", "llama3") or (kind == "llama3" and architecture != "llama"):
+        raise ModelError(f"{where}: positions are scaled by {kind!r}, which is not written to GGUF.")
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _require_the_same(architecture: str, values: dict[str, Any], where: str) -> None:
+    """Raise ModelError for a setting that GGUF has no word for and that is not what llama.cpp takes for granted."""
+    family = FAMILIES[architecture]
+    wanted: dict[str, Any] = {}
+    for name in ("hidden_act", "hidden_activation", "activation_function"):
+        if values.get(name) is not None:
+            wanted[name] = family.activation
+    if architecture in SCALED_BY:
+        wanted["query_pre_attn_scalar"] = query_scalar(architecture, values)
+    if (
+        values.get("model_type") == "mistral"
+        and (values.get("sliding_window") or 0) < values["max_position_embeddings"]
+    ):
+        wanted["sliding_window"] = None
+    if "use_sliding_window" in values:
+        wanted["use_sliding_window"] = False
+    for name, value in wanted.items():
+        if values.get(name) != value:
+            raise ModelError(f"{where}: {name} is {values.get(name)!r}, where llama.cpp takes {value!r} for granted.")
 
 
 def places(values: dict[str, Any], where: str) -> list[Place]:
