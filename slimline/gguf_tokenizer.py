@@ -63,10 +63,11 @@ def check(header: Header) -> None:
 
 def save(header: Header, out: Path) -> None:
     """Write tokenizer.json and, with the chat template, tokenizer_config.json."""
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    found: Any = AutoTokenizer.from_pretrained(
-        str(header.file.parent), gguf_file=header.file.name, local_files_only=True, trust_remote_code=False
+    # Not AutoTokenizer, which would choose the class by a table of architectures that lacks gemma.
+    found: Any = PreTrainedTokenizerFast.from_pretrained(
+        str(header.file.parent), gguf_file=header.file.name, local_files_only=True
     )
     found.save_pretrained(str(out), save_jinja_files=False)
     if header.fields["tokenizer.ggml.model"] == "gpt2":

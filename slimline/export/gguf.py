@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from slimline import allowlist, gguf_families, gguf_tokenizer
+from slimline import allowlist, gguf_families, gguf_settings, gguf_tokenizer
 from slimline.allowlist import Tensor
 from slimline.errors import ModelError
 from slimline.gguf_families import Array, Family, Place
@@ -47,8 +47,8 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     import gguf
 
     where = source / "config.json"
-    architecture, family, values = gguf_families.described(json.loads(where.read_text(encoding="utf-8")), str(where))
-    said = gguf_families.fields(values, str(where))
+    architecture, family, values = gguf_settings.described(json.loads(where.read_text(encoding="utf-8")), str(where))
+    said = gguf_settings.fields(values, str(where))
     places = gguf_families.places(values, str(where))
     weights = weights_of(source, places)
     tokenizer = gguf_tokenizer.fields(source, values["vocab_size"])
@@ -129,7 +129,7 @@ def write(
     """Write everything; how far the matrices lie from the source, as a fraction of their own length."""
     from gguf import GGMLQuantizationType, quants
 
-    factors = gguf_families.slowed(values)
+    factors = gguf_settings.slowed(values)
     shapes = {place.gguf: (gguf_families.stored_shape(family, place), kinds[place.gguf]) for place in places}
     if factors is not None:
         shapes = {gguf_families.ROPE_FREQS: (factors.shape, GGMLQuantizationType.F32), **shapes}
