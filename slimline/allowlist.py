@@ -190,10 +190,9 @@ def _files(folder: Path) -> None:
 
 def _no_weights(folder: Path) -> ModelError:
     pickles = sorted(f.name for f in folder.rglob("*") if f.suffix.lower() in PICKLES)
-    if any(folder.glob("*.gguf")):
-        return ModelError(f"{folder} holds a GGUF file and no {WEIGHTS}. Bring it in with fetch.gguf.")
     if not pickles:
-        return ModelError(f"{folder} has no {WEIGHTS}. Give the folder of a model saved as safetensors.")
+        how = "Bring its GGUF in with fetch.gguf" if any(folder.glob("*.gguf")) else "Give a folder with safetensors"
+        return ModelError(f"{folder} has no {WEIGHTS}. {how}.")
     return ModelError(
         f"{folder / pickles[0]} is a pickle, which can run code when it is opened. Convert it where that does no harm: "
         f"weights = torch.load({pickles[0]!r}, weights_only=True); "
