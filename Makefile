@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RECIPE ?= examples/reviews/recipe.yaml
 TESTS ?=
 PORT ?= 5000
-IMAGES ?= cpu tensorrt llm mlflow
+IMAGES ?= cpu language tensorrt llm mlflow
 WHEELS ?=
 GPU_CHECK ?=
 GPU_PYTHON = $(or $(wildcard $(BIN)/python),python3)
@@ -31,7 +31,7 @@ help: ## List the targets and settings
 	@echo "  TORCH_INDEX  where the CPU build of torch is       (pip's settings, then download.pytorch.org/whl/cpu)"
 	@echo "  TESTS        more for pytest, as in -m 'not slow'  ()"
 	@echo "  PORT         of make ui                            ($(PORT))"
-	@echo "  IMAGES       which of cpu gpu tensorrt llm mlflow  ($(IMAGES))"
+	@echo "  IMAGES       of cpu gpu language tensorrt llm mlflow ($(IMAGES))"
 	@echo "  BASE         their base; debootstrap makes one     (python:3.11-slim-bookworm)"
 	@echo "  WHEELS       what gpu-check lacks, as a folder     ()"
 	@echo "  GPU_CHECK    more for gpu-check, as in --batches 1 ()"
@@ -39,6 +39,9 @@ help: ## List the targets and settings
 
 run: $(VENV)/run.stamp ## Install what is locked and run the example: a model in, a promoted smaller one out
 	$(BIN)/slimline run optimize -f $(RECIPE)
+
+run-llm: $(VENV)/run.stamp ## The same for a language model: SmolLM2 in, a promoted 4-bit one out
+	$(BIN)/slimline run language -f $(if $(filter-out examples/reviews/%,$(RECIPE)),$(RECIPE),examples/smollm/recipe.yaml)
 
 test: $(VENV)/dev.stamp ## Run the whole test suite, with coverage of the library
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(TESTS)
@@ -87,4 +90,4 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp requirements/dev.txt
 	requirements/install.sh dev
 	@touch $@
 
-.PHONY: help run test images test-containers lint ui compile lock benchmarks gpu-check clean
+.PHONY: help run run-llm test images test-containers lint ui compile lock benchmarks gpu-check clean

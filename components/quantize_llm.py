@@ -29,5 +29,5 @@ def quantize_llm(
     """
     from slimline import release, step
 
-    ref, numbers = step.run(f"quantize.{method}", source, {"data": data, **options})
+    ref, numbers = step.run(f"quantize.{method}", source, options, {"data": data})
     return release.show(ref, numbers, model, metrics)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Build the images named, or all but gpu: docker/build.sh [cpu] [gpu] [tensorrt] [llm] [mlflow].
+# Build the images named, or all but gpu: docker/build.sh [cpu] [gpu] [language] [tensorrt] [llm] [mlflow].
 # Writes build/images.json (what a compiled pipeline calls them, and what they are) and build/sbom/IMAGE.json.
 # Settings: BASE (a base image, or `debootstrap` to make one), ENGINE (docker or podman), REGISTRY (to push to), PYTHON.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 base=${BASE:-python:3.11-slim-bookworm}
 images=("$@")
-[ ${#images[@]} -gt 0 ] || images=(cpu tensorrt llm mlflow)
+[ ${#images[@]} -gt 0 ] || images=(cpu language tensorrt llm mlflow)
 version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' slimline/__init__.py)
 revision=$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 [ -z "$(git status --porcelain 2>/dev/null)" ] || revision=$revision-dirty
@@ -43,7 +43,7 @@ if [ "$base" = debootstrap ]; then
     base=localhost/slimline-base:bookworm
     "$engine" image inspect "$base" >/dev/null 2>&1 || docker/base.sh "$engine" "$base"
 fi
-case " ${images[*]} " in *" cpu "* | *" llm "*) fetch_torch ;; esac
+case " ${images[*]} " in *" cpu "* | *" language "* | *" llm "*) fetch_torch ;; esac
 
 entries=()
 if [ -f build/images.json ]; then  # what was built before and is not built now

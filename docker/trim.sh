@@ -12,6 +12,8 @@ for library in pyarrow/libarrow_python*.so.*.*.*; do  # a wheel has no links, so
     [ ! -f "$library" ] || ln -sf "$(basename "$library")" "${library%.*.*}"
     [ ! -f "$library" ] || ln -sf "$(basename "$library")" "${library%.so.*}.so"
 done
+# lm-eval's own tasks, 70 MB, which read their data from a network that no step has.
+[ ! -d lm_eval/tasks ] || find lm_eval/tasks -mindepth 1 -maxdepth 1 -type d -exec rm -rf {} +
 # Of AWS's services, the store's alone.
 [ ! -d botocore/data ] || find botocore/data -mindepth 1 -maxdepth 1 -type d \
     ! -name s3 ! -name sts ! -name sso ! -name sso-oidc ! -name signin -exec rm -rf {} +

@@ -14,6 +14,9 @@ resolve requirements/cuda.in -c requirements/run.txt -o requirements/cuda.txt
 # What the images hold (docker/Dockerfile): steps, the executor that Kubeflow starts them with, engines, the server.
 resolve pyproject.toml requirements/needs.in requirements/step.in --extra train --extra onnx \
     --excludes requirements/step-excluded.txt -c requirements/run.txt -o requirements/step.txt
+resolve pyproject.toml requirements/needs.in requirements/step.in --extra train --extra onnx --extra language --extra genai \
+    --excludes requirements/language-excluded.txt -c requirements/run.txt -c requirements/step.txt \
+    -o requirements/language.txt
 resolve requirements/executor.in --no-deps -c requirements/run.txt -o requirements/executor.txt
 resolve pyproject.toml requirements/step.in --extra tensorrt --excludes requirements/tensorrt-excluded.txt \
     -c requirements/run.txt -c requirements/cuda.txt -o requirements/tensorrt.txt

@@ -5,6 +5,7 @@ input, not a setting: keys that name code to load are refused at any depth. Noth
 follow such a key. Files that are neither taken nor dangerous (a README, pickles beside safetensors) are left behind.
 """
 
+# Long because what a folder may hold is one list, checked in one place.
 from __future__ import annotations
 
 import json
@@ -153,6 +154,18 @@ def _entry(file: Path, name: str, entry: Any, base: int) -> Tensor:
     if offsets[1] - offsets[0] != math.prod(shape) * WIDTHS[dtype]:
         raise ModelError(f"{file}: tensor {name!r} of shape {shape} does not fill its {offsets} bytes. {_AGAIN}")
     return Tensor(file, dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def head(sizes: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    """What a safetensors file begins with, for tensors of these (dtype, shape), which follow in this order."""
+    entries, at = {}, 0
+    for name, (dtype, shape) in sizes.items():
+        end = at + math.prod(shape) * WIDTHS[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def chunks(tensor: Tensor) -> Iterator[bytes]:

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from slimline.errors import ModelError, StoreError
 
 MANIFEST = "manifest.json"
-MODEL_FORMATS = ("hf", "onnx", "tensorrt")
-Format = Literal["hf", "onnx", "tensorrt", "evaluation"]
+MODEL_FORMATS = ("hf", "onnx", "genai", "tensorrt")
+Format = Literal["hf", "onnx", "genai", "tensorrt", "evaluation"]
 
 
 class Frozen(BaseModel):

@@ -70,7 +70,7 @@ def run(
 
 def _print_summary(summary: dict[str, Any], log: Path) -> None:
     name = summary["name"]
-    out.print(results_table(summary["rows"]))
+    out.print(results_table(summary["rows"], summary["terms"]))
     out.print(f"\n[bold]{escape(summary['sentence'])}[/bold]")
     out.print(escape(summary["outcome"]))
     out.print(f"\nReport   {summary['report']}", soft_wrap=True)

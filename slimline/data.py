@@ -8,6 +8,7 @@ order of the file. A .tsv has no quoting (a quotation mark is a quotation mark);
 A language model is measured on documents: the same files and splits, of which only the column text is needed.
 """
 
+# Long because every form of file and everything that can be wrong in one has its own sentence.
 from __future__ import annotations
 
 import csv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from slimline import gate
 from slimline.errors import StoreError
 
+DOCUMENTS, DIVERGENCES = "documents.parquet", "divergence.parquet"
 LENGTHS = ((0, 16), (16, 32), (32, 64), (64, None))
 """Slices by length in tokens: from, up to but without."""
 
@@ -26,6 +28,36 @@ def table(folder: Path) -> dict[str, list[Any]]:
         )
     columns: dict[str, list[Any]] = parquet.read_table(file).to_pydict()
     return columns
+
+
+def quality(folder: Path) -> gate.Predictions | gate.Losses:
+    """What a quality evaluation found: answers, or how surprised a language model is by documents."""
+    return losses(folder) if (folder / DOCUMENTS).is_file() else predictions(folder)
+
+
+def losses(folder: Path) -> gate.Losses:
+    """How surprised a language model is by each document of which a token was scored."""
+    import pyarrow.parquet as parquet
+
+    rows = [row for row in parquet.read_table(folder / DOCUMENTS).to_pylist() if row["tokens"]]
+    return gate.Losses(
+        ids=[row["id"] for row in rows],
+        tokens=[row["tokens"] for row in rows],
+        nll=[row["nll"] for row in rows],
+        text=hashlib.sha256("".join(str(row["digest"]) for row in rows).encode()).hexdigest(),
+    )
+
+
+def strays(folder: Path) -> gate.Strays:
+    """How far a language model's next tokens are from the baseline's."""
+    import pyarrow.parquet as parquet
+
+    file = folder / DIVERGENCES
+    if not file.is_file():
+        raise StoreError(f"{folder} is no divergence: it has no {file.name}. Give one of evaluate.divergence.")
+    columns = parquet.read_table(file, columns=["tokens", "kl_sum", "agreed"]).to_pydict()
+    tokens = sum(columns["tokens"])
+    return gate.Strays(kl=sum(columns["kl_sum"]) / tokens, agreement=sum(columns["agreed"]) / tokens)
 
 
 def predictions(folder: Path) -> gate.Predictions:
@@ -67,4 +99,5 @@ def speed(folder: Path, digest: str) -> gate.Speed:
         memory=base["peak_memory_bytes"] / mine["peak_memory_bytes"],
         p50_ms=mine["p50_ms"],
         weights_bytes=mine["weights_bytes"],
+        asked=whole.get("asked", "single texts"),
     )

@@ -1,12 +1,13 @@
 """The gate: may this candidate take the baseline's place? Pure statistics; no files, no store.
 
 Example by example, on the same frozen data, the candidate must be *proven* not worse by more than a margin: the
-one-sided lower bound of the paired difference stays above -margin (non-inferiority). For right-or-wrong metrics the
-bound is Tango's score interval for paired proportions (Tango, 1998, Statistics in Medicine 17, 891-908), for others a
-BCa bootstrap over examples (Efron, 1987), which sees only flips that happened and is therefore never narrower than what
-Tango's bound allows in the label where flips cost most. And it must win something, with an interval that excludes 1.
-"Not significantly different" is never read as equal. All checks must pass, each at the full level: that is an
-intersection-union test, which needs no correction.
+one-sided bound of the paired difference stays within a margin (non-inferiority; bounds.py has the intervals). And it
+must win something, with an interval that excludes 1. "Not significantly different" is never read as equal. All checks
+must pass, each at the full level: that is an intersection-union test, which needs no correction.
+
+A classifier is judged by its answers (Predictions), a language model by how surprised it is by documents (Losses) and,
+where they were measured, by how far it strays from the baseline token by token (Strays) and by its answers to multiple
+choice: a model can keep its perplexity, or its accuracy, and still have become another one.
 
     PASS           proven within every limit, and something is won
     FAIL           proven worse than a limit allows, or slower without leave, or nothing won
@@ -27,14 +28,12 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from slimline import bounds
 from slimline.errors import ConfigError
 
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE", "INVALID"]
 Win = Literal["size", "latency", "throughput", "memory"]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
-
-POWER_Z = 0.8416212335729143
-"""The normal quantile of 80 %: a truly equal candidate passes in four of five tries with the n that is named."""
 
 MEMORY_NOISE = 0.05
 """Peak memory is measured once and has no interval: a gain within this fraction is not a win."""
@@ -45,13 +44,27 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    metric: Literal["accuracy", "macro_f1"] = Field("accuracy", description="what must not get worse")
-    margin: float = Field(0.02, gt=0, lt=1, description="how much of it can be spared, as a fraction")
+    metric: Literal["accuracy", "macro_f1", "perplexity"] = Field("accuracy", description="what must not get worse")
+    margin: float = Field(
+        0.02,
+        gt=0,
+        lt=1,
+        description="how much of it can be spared, as a fraction; of perplexity, by how much it may grow",
+    )
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of each one-sided bound")
     min_examples: int = Field(100, ge=10, description="fewer examples than this decide nothing")
     slices: dict[str, float] = Field({}, description="margins of slices, such as {'label:negative': 0.05}")
     slice_min_examples: int = Field(50, ge=1, description="a slice with fewer is reported, not judged")
-    min_agreement: float = Field(0.0, ge=0, le=1, description="fraction of answers that must stay the same")
+    min_agreement: float = Field(
+        0.0, ge=0, le=1, description="fraction of answers, or of likeliest next tokens, that must stay the same"
+    )
+    max_kl: float = Field(0.0, ge=0, description="mean KL from the baseline's next tokens in nats at most; 0 for any")
+    choices_margin: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="accuracy in multiple choice that can be spared, as a fraction, if it was measured",
+    )
     must_win: tuple[Win, ...] = Field(
         ("size", "latency", "throughput", "memory"), description="at least one of these must be won"
     )
@@ -89,6 +102,29 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class Losses:
+    """How surprised one language model is by each document."""
+
+    ids: Sequence[str]
+    tokens: Sequence[int]
+    """How many of a document's tokens were scored."""
+    nll: Sequence[float]
+    """The negative log-likelihood of all of them, in nats."""
+    text: str = ""
+    """Digest of the tokens themselves: only the same tokens can be compared."""
+
+
+@dataclass(frozen=True)
+class Strays:
+    """How far the candidate's next tokens are from the baseline's."""
+
+    kl: float
+    """Mean KL(baseline || candidate) over tokens, in nats."""
+    agreement: float
+    """Fraction of tokens after which both think the same one likeliest."""
+
+
+@dataclass(frozen=True)
 class Speed:
     """The candidate against the baseline: (ratio, low, high), each above 1 where the candidate is better."""
 
@@ -98,6 +134,8 @@ class Speed:
     memory: float
     p50_ms: float
     weights_bytes: int
+    asked: str = "single texts"
+    """What a time is the time of."""
 
 
 @dataclass(frozen=True)
@@ -143,55 +181,139 @@ class Verdict(BaseModel):
         return self.status == "PASS"
 
 
-def decide(candidate: Predictions, baseline: Predictions, speed: Speed, blessing: Blessing, limits: Limits) -> Verdict:
-    """The verdict on a candidate. Never raises for bad evidence: that is INVALID, with the reason."""
-    problem = _unfit(candidate, baseline, speed, blessing, limits)
+def decide(
+    candidate: Predictions | Losses,
+    baseline: Predictions | Losses,
+    speed: Speed,
+    blessing: Blessing,
+    limits: Limits,
+    strays: Strays | None = None,
+    choices: tuple[Predictions, Predictions] | None = None,
+) -> Verdict:
+    """The verdict on a candidate. Never raises for bad evidence: that is INVALID, with the reason.
+
+    `strays` and `choices` (the candidate's, the baseline's) are further evidence on a language model.
+    """
+    problem = _unfit(candidate, baseline, speed, blessing, limits, strays, choices)
     if problem:
         check = Check(name="evidence", status="INVALID", sentence=problem)
         said, digest = f"INVALID: {problem}", limits.digest()
         return Verdict(status="INVALID", sentence=said, limits=limits, limits_digest=digest, checks=(check,))
-    label, old, new = (np.asarray(x) for x in (baseline.labels, baseline.predicted, candidate.predicted))
-    checks = [_quality(limits.metric, label, old, new, limits.metric, limits.margin, limits)]
-    for name, margin in limits.slices.items():
-        checks.append(_slice(name, margin, candidate.slices.get(name), label, old, new, limits))
-    agreement = float((old == new).mean())
-    if limits.min_agreement:
-        sentence = f"{agreement:.1%} of the answers are the same; {limits.min_agreement:.1%} are asked for."
-        checks.append(_hard("agreement", agreement, limits.min_agreement, agreement >= limits.min_agreement, sentence))
-    checks += _efficiency(speed, limits)
+    answers = choices
+    if isinstance(candidate, Losses) and isinstance(baseline, Losses):
+        checks, examples = [_perplexity(candidate, baseline, limits)], len(candidate.ids)
+        agreement = strays.agreement if strays else 0.0
+        if choices:
+            label, old, new = _columns(*choices)
+            checks.append(_quality("multiple choice", label, old, new, "accuracy", limits.choices_margin, limits))
+    else:
+        assert isinstance(candidate, Predictions) and isinstance(baseline, Predictions)
+        answers, examples = (candidate, baseline), len(candidate.ids)
+        label, old, new = _columns(*answers)
+        checks = [_quality(limits.metric, label, old, new, limits.metric, limits.margin, limits)]
+        for name, margin in limits.slices.items():
+            checks.append(_slice(name, margin, candidate.slices.get(name), label, old, new, limits))
+        agreement = float((old == new).mean())
+    checks += _fidelity(agreement, strays, limits) + _efficiency(speed, limits)
+    lost, won = _flips(*answers) if answers else (0, 0)
     status = _worst(checks)
-    was_right, is_right = old == label, new == label
     return Verdict(
         status=status,
         sentence=_sentence(status, checks, speed),
         limits=limits,
         limits_digest=limits.digest(),
         checks=tuple(checks),
-        examples=len(label),
+        examples=examples,
         agreement=agreement,
-        flips_lost=int((was_right & ~is_right).sum()),
-        flips_won=int((~was_right & is_right).sum()),
+        flips_lost=lost,
+        flips_won=won,
     )
 
 
-def _unfit(candidate: Predictions, baseline: Predictions, speed: Speed, blessing: Blessing, limits: Limits) -> str:
+def _columns(candidate: Predictions, baseline: Predictions) -> tuple[Any, Any, Any]:
+    """What is right, what the baseline said, and what the candidate says."""
+    return np.asarray(baseline.labels), np.asarray(baseline.predicted), np.asarray(candidate.predicted)
+
+
+def _flips(candidate: Predictions, baseline: Predictions) -> tuple[int, int]:
+    """Answers that were right and are wrong, and the other way round."""
+    label, old, new = _columns(candidate, baseline)
+    return int(((old == label) & (new != label)).sum()), int(((old != label) & (new == label)).sum())
+
+
+def _unfit(
+    candidate: Predictions | Losses,
+    baseline: Predictions | Losses,
+    speed: Speed,
+    blessing: Blessing,
+    limits: Limits,
+    strays: Strays | None,
+    choices: tuple[Predictions, Predictions] | None,
+) -> str:
     if not blessing.ok:
         return f"the model does not run: {blessing.problem}"
-    broken = _broken("candidate", candidate) or _broken("baseline", baseline)
-    if broken:
-        return broken
-    if list(candidate.ids) != list(baseline.ids) or list(candidate.labels) != list(baseline.labels):
-        return "candidate and baseline were not measured on the same examples."
+    if (limits.metric == "perplexity") != isinstance(candidate, Losses) or type(candidate) is not type(baseline):
+        return f"{limits.metric} is to be judged, but something else was measured."
+    if problem := _mismatched(candidate, baseline) or (_mismatched(*choices) if choices else ""):
+        return problem
     if len(candidate.ids) < limits.min_examples:
         return f"{len(candidate.ids)} examples decide nothing; at least {limits.min_examples} are needed."
+    if problem := _implausible(speed):
+        return problem
+    if problem := _unasked(strays, limits, isinstance(candidate, Losses)):
+        return problem
+    if isinstance(candidate, Losses):
+        return ""
+    unknown = [name for name in limits.slices if name not in candidate.slices]
+    if unknown:
+        return f"there is no slice {unknown[0]!r}; there are: {', '.join(candidate.slices)}."
+    return ""
+
+
+def _unasked(strays: Strays | None, limits: Limits, generates: bool) -> str:
+    """Why limits do not go with what was measured of divergence; empty if they do."""
+    if strays and not (math.isfinite(strays.kl) and 0 <= strays.agreement <= 1):
+        return f"the measured divergence (KL {strays.kl}, agreement {strays.agreement}) is no such thing."
+    if limits.max_kl and not strays:
+        return "max_kl is asked for, but the divergence was not measured."
+    if generates and limits.min_agreement and not strays:
+        return "min_agreement is asked for, but the divergence was not measured."
+    return "slices are of answers, and a language model has none." if generates and limits.slices else ""
+
+
+def _implausible(speed: Speed) -> str:
+    """What is wrong with the measured times and sizes; empty if nothing is."""
     numbers = (*speed.latency, *speed.throughput, speed.size, speed.memory, speed.p50_ms, speed.weights_bytes)
     if not all(math.isfinite(x) and x > 0 for x in numbers):
         return "the measured times or sizes are not finite and positive."
     if any(low > high for _, low, high in (speed.latency, speed.throughput)):
         return "an interval of the measured times has its low end above its high end."
-    unknown = [name for name in limits.slices if name not in candidate.slices]
-    if unknown:
-        return f"there is no slice {unknown[0]!r}; there are: {', '.join(candidate.slices)}."
+    return ""
+
+
+def _mismatched(candidate: Predictions | Losses, baseline: Predictions | Losses) -> str:
+    """Why two measurements are not of the same examples; empty if they are."""
+    for who, measured in (("candidate", candidate), ("baseline", baseline)):
+        if broken := _broken(who, measured) if isinstance(measured, Predictions) else _lossy(who, measured):
+            return broken
+    same = list(candidate.ids) == list(baseline.ids)
+    if isinstance(candidate, Losses) and isinstance(baseline, Losses):
+        same = same and list(candidate.tokens) == list(baseline.tokens) and candidate.text == baseline.text
+    elif isinstance(candidate, Predictions) and isinstance(baseline, Predictions):
+        same = same and list(candidate.labels) == list(baseline.labels)
+    return "" if same else "candidate and baseline were not measured on the same examples."
+
+
+def _lossy(who: str, losses: Losses) -> str:
+    """What is wrong with one model's losses by themselves; empty if nothing is."""
+    if len({len(losses.ids), len(losses.tokens), len(losses.nll)}) > 1:
+        return f"the columns of the {who} have different lengths."
+    if len(set(losses.ids)) < len(losses.ids):
+        return f"the {who} has {len(losses.ids) - len(set(losses.ids))} documents more than once."
+    if any(n < 1 for n in losses.tokens):
+        return f"the {who} has a document of which no token was scored."
+    if not all(math.isfinite(x) and x >= 0 for x in losses.nll):
+        return f"the {who} has a document whose likelihood is not finite."
     return ""
 
 
@@ -214,10 +336,10 @@ def _quality(name: str, label: Any, old: Any, new: Any, metric: str, margin: flo
     alpha = 2 * (1 - limits.confidence)
     lost, won = int(((old == label) & (new != label)).sum()), int(((old != label) & (new == label)).sum())
     if metric == "accuracy":
-        value, (low, high) = (won - lost) / len(label), tango(won, lost, len(label), alpha)
+        value, (low, high) = (won - lost) / len(label), bounds.tango(won, lost, len(label), alpha)
     else:
-        value = macro_f1(label, new) - macro_f1(label, old)
-        low, high = bootstrap(label, old, new, alpha, limits.seed)
+        value = bounds.macro_f1(label, new) - bounds.macro_f1(label, old)
+        low, high = bounds.bootstrap(label, old, new, alpha, limits.seed)
     said = f"{_points(value)} against the baseline, at worst {_points(low)} (allowed {_points(-margin)})"
     if low > -margin:
         return _ranged(name, "PASS", (value, low, high), -margin, f"{said}.")
@@ -227,13 +349,46 @@ def _quality(name: str, label: Any, old: Any, new: Any, metric: str, margin: flo
     if value > -margin:
         # 3: the rule of three; without a flip among n, up to 3/n of all answers are likely to flip
         flips, room = max(lost + won, 3) / len(label), value + margin
-        needed = examples_needed(flips, room, limits.confidence)
+        needed = bounds.examples_needed(flips, room, limits.confidence)
         if metric != "accuracy":  # a flip does not weigh 1/n there; the interval says how far these examples reach
-            needed = math.ceil(len(label) * ((value - low) / room) ** 2 * _more(limits.confidence))
+            needed = math.ceil(len(label) * ((value - low) / room) ** 2 * bounds.more(limits.confidence))
         more = f"about {needed} examples would tell; there are {len(label)}"
     else:
         more = "more examples would hardly help: the difference itself is beyond the margin"
     return _ranged(name, "INCONCLUSIVE", (value, low, high), -margin, f"{said}: {more}.")
+
+
+def _perplexity(candidate: Losses, baseline: Losses, limits: Limits) -> Check:
+    alpha = 2 * (1 - limits.confidence)
+    found = bounds.log_ratio(baseline.nll, candidate.nll, candidate.tokens, alpha, limits.seed)
+    value, low, high = (math.expm1(x) for x in found)
+    name, margin = "perplexity", limits.margin
+    said = f"{value:+.1%} against the baseline, at worst {high:+.1%} (allowed {margin:+.1%})"
+    if high < margin:
+        return _ranged(name, "PASS", (value, low, high), margin, f"{said}.")
+    if low > margin:
+        return _ranged(name, "FAIL", (value, low, high), margin, f"{said}: proven worse, at best {low:+.1%}.")
+    more = "more documents would hardly help: the difference itself is beyond the margin"
+    if (room := math.log1p(margin) - found[0]) > 0:
+        needed = math.ceil(len(candidate.ids) * ((found[2] - found[0]) / room) ** 2 * bounds.more(limits.confidence))
+        more = f"about {needed} documents would tell; there are {len(candidate.ids)}"
+    return _ranged(name, "INCONCLUSIVE", (value, low, high), margin, f"{said}: {more}.")
+
+
+def _fidelity(agreement: float, strays: Strays | None, limits: Limits) -> list[Check]:
+    checks = []
+    if limits.min_agreement:
+        what = "likeliest next tokens" if strays else "answers"
+        sentence = f"{agreement:.1%} of the {what} are the same; {limits.min_agreement:.1%} are asked for."
+        checks.append(_hard("agreement", agreement, limits.min_agreement, agreement >= limits.min_agreement, sentence))
+    if strays:
+        sentence = f"{strays.kl:.3f} nats from the baseline's next tokens, which are the likeliest in {agreement:.1%}."
+        if limits.max_kl:
+            sentence = f"{sentence.removesuffix('.')}; {limits.max_kl:.3f} are allowed."
+            checks.append(_hard("divergence", strays.kl, limits.max_kl, strays.kl <= limits.max_kl, sentence))
+        else:
+            checks.append(Check(name="divergence", status="REPORTED", value=strays.kl, sentence=sentence))
+    return checks
 
 
 def _slice(name: str, margin: float, rows: Any, label: Any, old: Any, new: Any, limits: Limits) -> Check:
@@ -242,100 +397,6 @@ def _slice(name: str, margin: float, rows: Any, label: Any, old: Any, new: Any, 
         sentence = f"{count} examples are too few to judge (fewer than {limits.slice_min_examples})."
         return Check(name=name, status="REPORTED", limit=-margin, sentence=sentence)
     return _quality(name, label[rows], old[rows], new[rows], "accuracy", margin, limits)
-
-
-def tango(won: int, lost: int, n: int, alpha: float) -> tuple[float, float]:
-    """Tango's score interval, of level 1 - alpha, for the difference (won - lost) / n of paired proportions."""
-    from scipy.optimize import brentq
-    from scipy.stats import norm
-
-    z = float(norm.ppf(1 - alpha / 2))
-    value = (won - lost) / n
-    edge = 1 - 1e-12
-    low = -1.0 if score(won, lost, n, -edge) < z else brentq(lambda d: score(won, lost, n, d) - z, -edge, value)
-    high = 1.0 if score(won, lost, n, edge) > -z else brentq(lambda d: score(won, lost, n, d) + z, value, edge)
-    return float(low), float(high)
-
-
-def score(won: int, lost: int, n: int, difference: float) -> float:
-    """How many standard errors the data lie above a supposed difference; the nuisance is at its maximum likelihood."""
-    b = -won - lost + (2 * n - won + lost) * difference
-    c = -lost * difference * (1 - difference)
-    q = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)
-    variance = n * (2 * q + difference * (1 - difference))
-    distance = won - lost - n * difference
-    if variance <= 0:
-        return 0.0 if distance == 0 else math.copysign(math.inf, distance)
-    return distance / math.sqrt(variance)
-
-
-def examples_needed(flips: float, room: float, confidence: float = 0.95) -> int:
-    """Examples with which a candidate is proven within its margin four times of five.
-
-    (z_confidence + z_0.8)^2 x flips / room^2, where flips is the fraction of answers that turn between right and wrong
-    and room the distance between the true difference and -margin: at 95 % and no difference, 6.18 x flips / margin^2.
-    """
-    from scipy.stats import norm
-
-    return math.ceil((float(norm.ppf(confidence)) + POWER_Z) ** 2 * max(flips, 0.001) / room**2)
-
-
-def _more(confidence: float) -> float:
-    """How many times the examples whose bound just reaches the margin must grow to pass four times of five."""
-    from scipy.stats import norm
-
-    z = float(norm.ppf(confidence))
-    return ((z + POWER_Z) / z) ** 2
-
-
-def macro_f1(label: Any, predicted: Any) -> float:
-    """Mean over the labels of 2 TP / (2 TP + FP + FN)."""
-    scores = []
-    for name in np.unique(label):
-        hit = int(((label == name) & (predicted == name)).sum())
-        total = int((label == name).sum() + (predicted == name).sum())
-        scores.append(2 * hit / total if total else 0.0)
-    return float(np.mean(scores))
-
-
-def bootstrap(label: Any, old: Any, new: Any, alpha: float, seed: int) -> tuple[float, float]:
-    """BCa interval of level 1 - alpha for the difference in macro F1, widened to what Tango's bound allows a label."""
-    from scipy.stats import bootstrap as bca
-
-    floor, ceiling = likely_loss(label, old, new, alpha), -likely_loss(label, new, old, alpha)
-    if np.array_equal(old, new):
-        return floor, ceiling
-    _, codes = np.unique(np.concatenate([label, old, new]), return_inverse=True)
-    label_N, old_N, new_N = np.split(codes, 3)
-
-    def difference(rows: Any) -> float:
-        return macro_f1(label_N[rows], new_N[rows]) - macro_f1(label_N[rows], old_N[rows])
-
-    found = bca(
-        (np.arange(len(label_N)),), difference, confidence_level=1 - alpha, n_resamples=2000, vectorized=False,
-        method="BCa", rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    # fmin, fmax: where every resample is the same, BCa is NaN and the label's bound stands alone
-    return float(np.fmin(found.low, floor)), float(np.fmax(found.high, ceiling))
-
-
-def likely_loss(label: Any, old: Any, new: Any, alpha: float) -> float:
-    """The difference in macro F1 if one label lost as many more answers as Tango's bound allows it, at its worst.
-
-    A bootstrap takes what never happened for impossible: with no flip among 100 examples it proves any margin.
-    """
-    names = np.unique(label)
-    hit = np.array([int(((label == name) & (new == name)).sum()) for name in names])
-    total = np.array([int((label == name).sum() + (new == name).sum()) for name in names])
-    worst = scored = macro_f1(label, new)
-    for k, name in enumerate(names):
-        was, now = old[label == name] == name, new[label == name] == name
-        lost, won, count = int((was & ~now).sum()), int((~was & now).sum()), len(was)
-        more = min((won - lost) - count * tango(won, lost, count, alpha)[0], float(hit[k]))
-        own = 2 * hit[k] / total[k] - 2 * (hit[k] - more) / max(total[k] - more, 1.0)
-        others = [2 * hit[j] / total[j] - 2 * hit[j] / (total[j] + more) for j in range(len(names)) if j != k]
-        worst = min(worst, scored - (own + max(others, default=0.0)) / len(names))
-    return float(worst - macro_f1(label, old))
 
 
 # Efficiency
@@ -352,12 +413,12 @@ def _efficiency(speed: Speed, limits: Limits) -> list[Check]:
         checks.append(_ranged("speed-up", passed, speed.latency, limits.min_speedup, sentence))
     elif not limits.size_alone:
         slower = high < 1
-        sentence = f"{ratio:.2f}x as fast on single texts ({low:.2f} to {high:.2f})."
+        sentence = f"{ratio:.2f}x as fast on {speed.asked} ({low:.2f} to {high:.2f})."
         if slower:
             sentence = f"slower than the baseline: {sentence} Say size_alone if size is all that counts."
         checks.append(_ranged("latency", "FAIL" if slower else "PASS", speed.latency, 1.0, sentence))
     if limits.max_p50_ms:
-        sentence = f"{speed.p50_ms:.2f} ms for a single text; {limits.max_p50_ms:.2f} ms are allowed."
+        sentence = f"{speed.p50_ms:.2f} ms in the median of {speed.asked}; {limits.max_p50_ms:.2f} ms are allowed."
         checks.append(_hard("p50", speed.p50_ms, limits.max_p50_ms, speed.p50_ms <= limits.max_p50_ms, sentence))
     if limits.max_size_bytes:
         sentence = f"{speed.weights_bytes / 1e6:.1f} MB of weights; {limits.max_size_bytes / 1e6:.1f} MB are allowed."

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     Measure = Callable[[torch.Tensor], torch.Tensor]
     """(inputs [tokens, I] of one batch, float32) -> a new tensor of a fixed shape that can be summed over batches."""
-    Change = Callable[[str, torch.Tensor], torch.Tensor]
-    """(name, tensor) -> the tensor to store in its place, for what lies around the layers."""
+    Change = Callable[[str, torch.Tensor], torch.Tensor | dict[str, torch.Tensor]]
+    """(name, tensor) -> the tensor to store in its place, or several by name, for what lies around the layers."""
 
 TOKENS_AT_ONCE = 2048
 """Calibration tokens that go through a layer together."""
@@ -59,7 +59,7 @@ class Layer:
     call: Call
     devices: Sequence[str]
     target_NTW: torch.Tensor | None = None
-    """With `original`: what the source's own layer makes of what entered it in the source."""
+    """With `original`, or in `look`: what the source's own layer makes of what entered it in the source."""
     stored: dict[str, torch.Tensor] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
     """What is to be summed over all layers, such as a squared error."""
@@ -218,6 +218,21 @@ def walk(
     _rest(kind, weights, writer, len(layers), change_rest, dtype)
 
 
+def look(
+    source: Path, tokens_NT: Any, what: str = "looking at the layers", devices: Sequence[str] = ()
+) -> Iterator[Layer]:
+    """Every layer in turn, as it is in the source, with `target_NTW` what it makes of its inputs. Writes nothing."""
+    kind, weights = decoder.family(hf.read_config(source), source), Weights(source)
+    layers, hidden_NTW, calls = _enter(source, kind, weights, tokens_NT)
+    for i in track(range(len(layers)), what):
+        layer = Layer(i, f"{kind.layers}.{i}", layers[i], kind, hidden_NTW, calls[i], devices or available_devices())
+        _fill(layer, weights)
+        layer.target_NTW = hidden_NTW = layer.outputs()
+        yield layer
+        layers[i] = None
+        weights.close()
+
+
 def depth(source: Path) -> int:
     """How many layers a model has."""
     values = hf.read_config(source)
@@ -337,8 +352,9 @@ def _rest(kind: Family, weights: Weights, writer: Writer, number: int, change: C
         for name in (name for name in weights.stored() if not name.startswith(f"{kind.layers}.")):
             tensor = weights.raw(name)
             changed = change(name, tensor.float()) if change else tensor
-            kinds[name] = _kept(name, changed, {name: tensor.dtype}, dtype)
-            tensors[name] = changed.to(kinds[name]) if change else changed
+            for key, value in (changed if isinstance(changed, dict) else {name: changed}).items():
+                kinds[key] = _kept(key, value, {key: tensor.dtype}, dtype)
+                tensors[key] = value.to(kinds[key]) if change else value
         writer.write(number, tensors, kinds)
     writer.finish()
 

@@ -14,6 +14,7 @@ Weight = (number - zero point) * scale. config.json's `quantization_config` says
 Shapes: O = outputs, I = inputs, G = groups of inputs.
 """
 
+# Long because the format is written and read in one place, or the two would drift apart.
 from __future__ import annotations
 
 import json

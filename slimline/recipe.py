@@ -61,7 +61,7 @@ def read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is not a recipe: {where}. It must be YAML in UTF-8.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file} is not a recipe: it must be lines of `parameter: value`.")
-    for key in ("data", "source"):
+    for key in FILES:
         value = values.get(key)
         if isinstance(value, str) and "://" not in value and (file.parent / value).exists():
             values[key] = str(file.parent / value)
@@ -138,9 +138,13 @@ def _check_techniques(spec: dict[str, Any], values: dict[str, Any]) -> None:
             continue
         module = technique.find(f"{stage}.{method}")
         knobs = {k: v for k, v in given.items() if k not in ("method", "options", "source") and v not in (None, "")}
-        technique.configure(module, {**knobs, **options})
+        offered = {k: v for k, v in knobs.items() if k in technique.OFFERED}
+        demanded = {k: v for k, v in knobs.items() if k not in technique.OFFERED}
+        technique.configure(module, technique.taken(module, {**demanded, **options}, offered))
 
 
+FILES = ("source", "data", "task")
+"""Parameters that name something on disk: relative to the recipe, and there before anything runs."""
 PENDING = "made by an earlier step"
 
 
@@ -155,7 +159,7 @@ def _argument(given: dict[str, Any], definition: dict[str, Any], values: dict[st
 
 
 def _check_files(values: dict[str, Any]) -> None:
-    for name in ("data", "source"):
+    for name in FILES:
         value = values.get(name)
         if isinstance(value, str) and ":" not in value and not Path(value).expanduser().exists():
             raise DataError(f"{name} {value!r} does not exist in {Path.cwd()}. Give a path, or a ref.")

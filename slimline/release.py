@@ -26,9 +26,9 @@ from typing import Any
 from filelock import FileLock
 
 from slimline import artifact, gate, progress, step, store
+from slimline import evidence as evidence_of
 from slimline.artifact import Manifest
 from slimline.errors import ConfigError, GateError, StoreError
-from slimline.evidence import predictions, speed
 from slimline.step import Made
 from slimline.technique import BaseConfig, Metrics, Stored
 
@@ -44,28 +44,55 @@ class Judging(BaseConfig):
     quality: Stored
     baseline: Stored
     latency: Stored
+    divergence: Stored = ""
+    choices: Stored = ""
+    choices_baseline: Stored = ""
+
+
+MEASURED = ("quality", "baseline", "latency", "divergence", "choices", "choices_baseline")
 
 
 def judge(
-    name: str, source: str, quality: str, baseline: str, latency: str, limits: dict[str, Any]
+    name: str,
+    source: str,
+    quality: str,
+    baseline: str,
+    latency: str,
+    limits: dict[str, Any],
+    divergence: str = "",
+    choices: str = "",
+    choices_baseline: str = "",
 ) -> tuple[str, Metrics]:
-    """Give the verdict on a candidate and store it. Returns its ref and its numbers."""
+    """Give the verdict on a candidate and store it. Returns its ref and its numbers.
+
+    The last three are further evaluations of a language model: evaluate.divergence of the candidate, and
+    evaluate.multiple_choice of it and of the baseline.
+    """
     with step.reporting("gate"):
         store.check_name(name)
         config = Judging(
             name=name, champion=store.alias(name, CHAMPION), limits=gate.limits_from(limits),
-            quality=quality, baseline=baseline, latency=latency,
+            quality=quality, baseline=baseline, latency=latency, divergence=divergence,
+            choices=choices, choices_baseline=choices_baseline,
         )  # fmt: skip
+        if bool(choices) != bool(choices_baseline):
+            raise ConfigError(
+                "multiple choice is judged against the baseline's. Give both choices and choices_baseline."
+            )
         candidate = step.resolve(source)
-        evidence = {key: [step.resolve(getattr(config, key))] for key in ("quality", "baseline", "latency")}
+        evidence = {key: [step.resolve(ref)] for key in MEASURED if (ref := getattr(config, key))}
 
         def make(out: Path, tell: Any) -> Made:
+            found = {key: inputs[0].path for key, inputs in evidence.items()}
+            pair = (found["choices"], found["choices_baseline"]) if choices else None
             verdict = gate.decide(
-                predictions(evidence["quality"][0].path),
-                predictions(evidence["baseline"][0].path),
-                speed(evidence["latency"][0].path, candidate.digest),
+                evidence_of.quality(found["quality"]),
+                evidence_of.quality(found["baseline"]),
+                evidence_of.speed(found["latency"], candidate.digest),
                 bless(candidate.path),
                 config.limits,
+                strays=evidence_of.strays(found["divergence"]) if divergence else None,
+                choices=(evidence_of.predictions(pair[0]), evidence_of.predictions(pair[1])) if pair else None,
             )
             text = verdict.model_dump_json(indent=2)
             (out / "verdict.json").write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ No network and no plotting library: six points and a few bars are plain SVG, who
 plotting library would weigh 4 MB a page). Works from file://, and in a sandboxed frame such as the Kubeflow page's.
 """
 
+# Long because the page and everything that is worked out for it belong together.
 from __future__ import annotations
 
 import math
@@ -14,6 +15,35 @@ from slimline.artifact import Frozen, Stage
 from slimline.gate import Check, Verdict
 
 
+class Terms(Frozen):
+    """What a page's numbers are called: labels are right or wrong, language models more or less surprised."""
+
+    metric: str
+    unit: str = ""
+    factor: float = 1.0
+    """From the number to what is shown: 100 for percent."""
+    rising: bool = True
+    """Whether more is better."""
+    one: str
+    """What a latency is the time of."""
+    many: str
+    """What a throughput counts."""
+    timed: str
+    """How times were taken, in a sentence."""
+    others: str
+    """The heading over further numbers of each model."""
+    mistakes: str
+    """What the shown mistakes are."""
+
+    def shown(self, value: float) -> str:
+        """A number of the metric as a person writes it."""
+        return f"{self.factor * value:.{1 if self.unit else 2}f}{' ' if self.unit else ''}{self.unit}"
+
+    def moved(self, before: float, after: float) -> str:
+        """A change of the metric: points of percentages, else a fraction."""
+        return f"{100 * (after - before):+.1f} points" if self.unit else f"{100 * (after / before - 1):+.1f} %"
+
+
 class Row(Frozen):
     """One model that was measured."""
 
@@ -21,16 +51,15 @@ class Row(Frozen):
     technique: str
     format: str
     runtime: str
-    accuracy: float
-    accuracy_low: float
-    accuracy_high: float
-    macro_f1: float
+    quality: float
+    quality_low: float
+    quality_high: float
+    """The metric that is judged, with its interval."""
     p50_ms: float
     p50_low_ms: float
     p50_high_ms: float
     p99_ms: float
     throughput_per_s: float
-    batch_size: int
     speedup: float
     speedup_low: float
     speedup_high: float
@@ -39,7 +68,8 @@ class Row(Frozen):
     peak_memory_bytes: int
     is_baseline: bool
     is_candidate: bool
-    slices: dict[str, float]
+    others: dict[str, float]
+    """Further numbers by name; those that are fractions of the metric's kind are shown as it is."""
 
 
 class Flip(Frozen):
@@ -60,6 +90,7 @@ class Page(Frozen):
     version: int
     outcome: str
     verdict: Verdict
+    terms: Terms
     rows: tuple[Row, ...]
     flips: tuple[Flip, ...]
     lineage: tuple[Stage, ...]
@@ -67,8 +98,6 @@ class Page(Frozen):
     machine: dict[str, Any]
     data: str
     data_digest: str
-    queries: int
-    threads: int
     command: str
     slimline_version: str
     created: str
@@ -82,6 +111,7 @@ def render(page: Page) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"mb": lambda n: f"{n / 1e6:.1f}", "percent": lambda x: f"{100 * x:.1f}", "short": short}
+    environment.filters |= {"shown": page.terms.shown, "other": lambda x: other(page.terms, x)}
     template = (resources.files("slimline") / "report.html.j2").read_text(encoding="utf-8")
     base = next((row for row in page.rows if row.is_baseline), page.rows[0])
     best = next((row for row in page.rows if row.is_candidate), page.rows[-1])
@@ -89,10 +119,11 @@ def render(page: Page) -> str:
         page=page,
         base=base,
         best=best,
-        plot=plot(page.rows),
+        plot=plot(page.rows, page.terms),
         checks=[(check, strip(check)) for check in page.verdict.checks],
         bars=bars(page.rows),
-        slices=sorted({name for row in page.rows for name in row.slices}, key=_slice_order),
+        others=sorted({name for row in page.rows for name in row.others}, key=_order),
+        kept=page.terms.moved(base.quality, best.quality),
         seconds=sum(stage.seconds for stage in page.lineage),
         bought=bought(page.lineage, page.rows),
     )
@@ -103,16 +134,22 @@ def short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _slice_order(name: str) -> tuple[int, int]:
+def other(terms: Terms, value: float) -> str:
+    """A further number: in percent where the metric is."""
+    return f"{100 * value:.1f}" if terms.unit else f"{value:.4g}"
+
+
+def _order(name: str) -> tuple[int, int, str]:
     digits = [part for part in name.replace("_", " ").split() if part.isdigit()]
-    return (int(name.startswith("accuracy")), int(digits[0]) if digits else 0)
+    return (int(name.startswith("accuracy")), int(digits[0]) if digits else 0, name)
 
 
-def pareto(rows: tuple[Row, ...]) -> list[Row]:
-    """The rows that no other beats in both accuracy and latency, fastest first."""
+def pareto(rows: tuple[Row, ...], rising: bool = True) -> list[Row]:
+    """The rows that no other beats in both quality and latency, fastest first."""
+    sign = 1 if rising else -1
     front: list[Row] = []
-    for row in sorted(rows, key=lambda r: (r.p50_ms, -r.accuracy)):
-        if not front or row.accuracy > front[-1].accuracy:
+    for row in sorted(rows, key=lambda r: (r.p50_ms, -sign * r.quality)):
+        if not front or sign * row.quality > sign * front[-1].quality:
             front.append(row)
     return front
 
@@ -140,36 +177,46 @@ def bought(lineage: tuple[Stage, ...], rows: tuple[Row, ...]) -> list[dict[str, 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 400, 62, 24, 20, 52
 
 
-def plot(rows: tuple[Row, ...]) -> dict[str, Any]:
-    """Places of points, intervals, labels, ticks and the front on a WIDTH x HEIGHT drawing, latency on a log axis."""
+def plot(rows: tuple[Row, ...], terms: Terms) -> dict[str, Any]:
+    """Places of points, intervals, labels, ticks and the front on a WIDTH x HEIGHT drawing, latency on a log axis.
+
+    Better is up, whichever way the metric goes.
+    """
     fast, slow = min(r.p50_low_ms for r in rows) / 1.5, max(r.p50_high_ms for r in rows) * 1.5
-    low, high = min(r.accuracy_low for r in rows) - 0.005, max(r.accuracy_high for r in rows) + 0.005
+    low, high = (terms.factor * f for f in (min(r.quality_low for r in rows), max(r.quality_high for r in rows)))
+    edge = 0.5 if terms.unit else 0.04 * (high - low) or 0.1
+    low, high = low - edge, high + edge
 
     def x(ms: float) -> float:
         share = math.log(ms / fast) / math.log(slow / fast)
         return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
 
-    def y(accuracy: float) -> float:
-        share = (accuracy - low) / (high - low)
+    def y(shown: float) -> float:
+        share = (shown - low) / (high - low)
+        share = share if terms.rising else 1 - share
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
     points = [
         {
-            "row": row, "x": x(row.p50_ms), "y": y(row.accuracy), "x1": x(row.p50_low_ms), "x2": x(row.p50_high_ms),
-            "y1": y(row.accuracy_low), "y2": y(row.accuracy_high), "number": i + 1,
+            "row": row, "x": x(row.p50_ms), "y": y(terms.factor * row.quality), "number": i + 1,
+            "x1": x(row.p50_low_ms), "x2": x(row.p50_high_ms),
+            "y1": y(terms.factor * row.quality_low), "y2": y(terms.factor * row.quality_high),
         }
         for i, row in enumerate(rows)
     ]  # fmt: skip
     _spread(points)
-    step = next(s for s in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 1) if (high - low) / s <= 7)
+    step = next(s for s in STEPS if (high - low) / s <= 7)
     first = math.ceil(low / step)
     return {
         "width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM,
         "points": points,
-        "front": " ".join(f"{x(r.p50_ms)},{y(r.accuracy)}" for r in pareto(rows)),
+        "front": " ".join(f"{x(r.p50_ms)},{y(terms.factor * r.quality)}" for r in pareto(rows, terms.rising)),
         "xticks": [(x(ms), f"{ms:g}") for ms in _ticks(fast, slow)],
-        "yticks": [(y(i * step), f"{100 * i * step:.3g}") for i in range(first, math.floor(high / step) + 1)],
+        "yticks": [(y(i * step), f"{i * step:.3g}") for i in range(first, math.floor(high / step) + 1)],
     }  # fmt: skip
+
+
+STEPS = tuple(m * 10.0**e for e in range(-2, 7) for m in (1, 2, 5))
 
 
 def _ticks(low: float, high: float) -> list[float]:

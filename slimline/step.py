@@ -40,21 +40,23 @@ class Input(NamedTuple):
     manifest: Manifest | None
 
 
-def run(name: str, source: str, options: dict[str, Any]) -> tuple[str, Metrics]:
+def run(name: str, source: str, options: dict[str, Any], offered: dict[str, Any] | None = None) -> tuple[str, Metrics]:
     """Run 'stage.method' on what `source` names. Returns the ref of the result and its metrics.
 
-    The method `none` passes the ref through. Options that are None or "" are left to their defaults. A finished step
-    with equal inputs is reused. Raises a SlimlineError of the kind that fits.
+    The method `none` passes the ref through. What is `offered` is taken by techniques that have such an option. Options
+    that are None or "" are left to their defaults. A finished step with equal inputs is reused. Raises a SlimlineError
+    of the kind that fits.
     """
     if name.endswith(".none"):
         return source, {}
     with reporting(name):
         module = technique.find(name)
-        config = technique.configure(module, {k: v for k, v in options.items() if v is not None and v != ""})
+        given = technique.taken(module, options, offered or {})
+        config = technique.configure(module, {k: v for k, v in given.items() if v is not None and v != ""})
         origin = resolve(source)
-        given = origin.manifest.format if origin.manifest else "path"
-        if module.NEEDS not in ("any", given):
-            raise ModelError(_misfit(name, module.NEEDS, source, given))
+        found = origin.manifest.format if origin.manifest else "path"
+        if module.NEEDS not in ("any", found):
+            raise ModelError(_misfit(name, module.NEEDS, source, found))
         seconds = {key: _resolve_option(getattr(config, key)) for key in technique.stored_fields(type(config))}
         return perform(
             name, config, {"source": origin}, seconds, code_digest(module.__name__),

@@ -46,6 +46,7 @@ def publish(
             promoted=store.alias(name, release.CHAMPION) == version,
             report=str(where),
             rows=[row.model_dump(mode="json") for row in page.rows],
+            terms=page.terms.model_dump(mode="json"),
         )
         progress.emit("end", "report", reused=False, seconds=time.perf_counter() - start)
         return str(where)
@@ -57,58 +58,99 @@ def gather(
     """Everything that the page shows, from what is stored."""
     verdict, asked, _ = release.verdict_at(verdict_ref)
     timed = evidence.timings(store.fetch(latency))
+    terms = ANSWERS if verdict.limits.metric != "perplexity" else LANGUAGE
     rows: dict[str, report.Row] = {}
     for ref, quality in zip(models, qualities, strict=True):
         manifest = artifact.read(store.fetch(ref))
         if manifest.digest not in rows:
             measured = evidence.variant(timed, manifest.digest)
-            rows[manifest.digest] = _row(manifest, measured, timed["batch_size"], _metrics(quality))
+            rows[manifest.digest] = _row(manifest, measured, terms.metric, _metrics(quality))
     base, last = next(iter(rows)), artifact.read(store.fetch(models[-1]))
-    rows[base] = rows[base].model_copy(update={"is_baseline": True})
-    rows[last.digest] = rows[last.digest].model_copy(update={"is_candidate": True})
+    rows[base] = _with(rows[base], _beside(asked.choices_baseline), is_baseline=True)
+    rows[last.digest] = _with(rows[last.digest], _beside(asked.choices, asked.divergence), is_candidate=True)
     judged = artifact.read(store.fetch(asked.quality)).history[-1]
+    answered = (asked.choices_baseline, asked.choices) if terms is LANGUAGE else (asked.baseline, asked.quality)
     parent = os.environ.get("SLIMLINE_PARENT_RUN", "")
     return report.Page(
         name=name,
         version=version,
         outcome=outcome,
         verdict=verdict,
+        terms=terms.model_copy(update={k: getattr(terms, k).format(**timed) for k in ("many", "timed")}),
         rows=tuple(rows.values()),
-        flips=worst_flips(evidence.table(store.fetch(asked.baseline)), evidence.table(store.fetch(asked.quality))),
+        flips=worst_flips(*(evidence.table(store.fetch(ref)) for ref in answered)) if all(answered) else (),
         lineage=last.history,
         refs={"candidate": models[-1], "baseline": models[0], "verdict": verdict_ref, "latency": latency},
         machine=timed["machine"],
         data=str(judged.config.get("data", "")),
         data_digest=judged.data.get("data", ""),
-        queries=timed["queries"],
-        threads=timed["threads"],
         command=store.tags(parent).get(store.PREFIX + "command", "") if parent else "",
         slimline_version=__version__,
         created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )
 
 
+ANSWERS = report.Terms(
+    metric="accuracy",
+    unit="%",
+    factor=100,
+    one="text",
+    many="texts/s in batches of {batch_size}",
+    timed="{queries} single texts of real length, {threads} thread(s), tokenization included, all models interleaved.",
+    others="By label and by length",
+    mistakes="What the baseline had right and this model is surest to have wrong.",
+)
+LANGUAGE = report.Terms(
+    metric="perplexity",
+    rising=False,
+    one="token",
+    many="prompt tokens/s",
+    timed="Tokens decoded one at a time after a prompt of real text, {threads} thread(s), all models interleaved.",
+    others="Beside perplexity",
+    mistakes="Of the multiple choice, what the baseline had right and this model is surest to have wrong.",
+)
+BESIDE = {
+    "evaluate.divergence": ("kl_mean", "agreement"),
+    "evaluate.multiple_choice": ("accuracy", "acc_norm"),
+}
+"""Metrics of further evaluations that the page shows."""
+
+
 def _metrics(quality: str) -> dict[str, float]:
     return artifact.read(store.fetch(quality)).history[-1].metrics
 
 
-def _row(manifest: artifact.Manifest, timed: dict[str, Any], batch_size: int, right: dict[str, float]) -> report.Row:
+def _beside(*refs: str) -> dict[str, float]:
+    """The numbers of further evaluations, by names that a page can show."""
+    found: dict[str, float] = {}
+    for ref in filter(None, refs):
+        stage = artifact.read(store.fetch(ref)).history[-1]
+        wanted = BESIDE.get(stage.technique, ())
+        method = "multiple choice" if stage.technique == "evaluate.multiple_choice" else "divergence"
+        found |= {f"{method} {key}": stage.metrics[key] for key in wanted if key in stage.metrics}
+    return found
+
+
+def _with(row: report.Row, others: dict[str, float], **changes: bool) -> report.Row:
+    return row.model_copy(update={"others": {**row.others, **others}, **changes})
+
+
+def _row(manifest: artifact.Manifest, timed: dict[str, Any], metric: str, found: dict[str, float]) -> report.Row:
     shared = {key: timed[key] for key in report.Row.model_fields if key in timed}
+    own = (metric, f"{metric}_low", f"{metric}_high")
     return report.Row(
         **shared,
         technique=manifest.history[-1].technique,
-        batch_size=batch_size,
-        accuracy=right["accuracy"],
-        accuracy_low=right["accuracy_low"],
-        accuracy_high=right["accuracy_high"],
-        macro_f1=right["macro_f1"],
+        quality=found[own[0]],
+        quality_low=found[own[1]],
+        quality_high=found[own[2]],
         is_baseline=False,
         is_candidate=False,
-        slices={k: v for k, v in right.items() if k.startswith(("recall_", "accuracy_")) and k not in INTERVAL},
+        others={k: v for k, v in found.items() if k.startswith(OTHERS) and k not in own},
     )
 
 
-INTERVAL = ("accuracy_low", "accuracy_high")
+OTHERS = ("recall_", "accuracy_", "macro_f1", "bits_per_byte")
 
 
 def worst_flips(base: dict[str, list[Any]], candidate: dict[str, list[Any]]) -> tuple[report.Flip, ...]:

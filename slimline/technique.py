@@ -100,6 +100,15 @@ def configure(module: Technique, options: dict[str, Any]) -> BaseConfig:
         raise ConfigError(f"{name}: {problems}. See `slimline techniques {name}`.") from None
 
 
+def taken(module: Technique, options: dict[str, Any], offered: dict[str, Any]) -> dict[str, Any]:
+    """The options, and of what a pipeline offers to every method of a stage those that this one has."""
+    return {**{k: v for k, v in offered.items() if k in module.Config.model_fields}, **options}
+
+
+OFFERED = ("data", "teacher", "seed")
+"""What ports offer rather than demand to be known."""
+
+
 def stored_fields(config: type[BaseConfig]) -> list[str]:
     """The options of type `Stored` (or a tuple of them)."""
     return [

@@ -113,16 +113,24 @@ class View:
         self.console.print(text, soft_wrap=True)
 
 
-def results_table(rows: list[dict[str, Any]]) -> Table:
+def results_table(rows: list[dict[str, Any]], terms: dict[str, Any]) -> Table:
     """Base and every stage's result: quality with its interval, latency, size and memory."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("\nmodel", no_wrap=True)
-    for column in ("accuracy\n(95 % interval)", "p50\nms", "p99\n<= ms", "speed-\nup", "weights\nMB", "peak\nMB"):
+    for column in (
+        f"{terms['metric']}\n(95 % interval)",
+        "p50\nms",
+        "p99\n<= ms",
+        "speed-\nup",
+        "weights\nMB",
+        "peak\nMB",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
+        shown = [f"{terms['factor'] * row[key]:.1f}" for key in ("quality", "quality_low", "quality_high")]
         table.add_row(
             escape(row["name"]),
-            f"{100 * row['accuracy']:.1f} ({100 * row['accuracy_low']:.1f}-{100 * row['accuracy_high']:.1f})",
+            f"{shown[0]} ({shown[1]}-{shown[2]})",
             f"{row['p50_ms']:.2f}",
             f"{row['p99_ms']:.2f}",
             f"{row['speedup']:.1f}x",

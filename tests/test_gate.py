@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimline import gate
+from slimline import bounds, gate
 from slimline.errors import ConfigError
 from slimline.gate import Blessing, Limits, Predictions, Speed
 
@@ -47,11 +47,11 @@ def decide(n, lost, won, speed=FAST, blessing=FINE, **limits):
     ],
 )
 def test_the_interval_is_that_of_published_examples(won, lost, n, alpha, low, high):
-    assert gate.tango(won, lost, n, alpha) == pytest.approx((low, high), abs=6e-4)
+    assert bounds.tango(won, lost, n, alpha) == pytest.approx((low, high), abs=6e-4)
 
 
 def test_without_any_flip_the_interval_is_wilsons_for_a_count_of_zero():
-    low, high = gate.tango(0, 0, 50, 0.05)
+    low, high = bounds.tango(0, 0, 50, 0.05)
     z = 1.959963984540054
     assert (low, high) == pytest.approx((-(z**2) / (50 + z**2), z**2 / (50 + z**2)), abs=1e-9)
 
@@ -59,10 +59,10 @@ def test_without_any_flip_the_interval_is_wilsons_for_a_count_of_zero():
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(60, 400))
 @settings(max_examples=40, deadline=None)
 def test_changing_sides_mirrors_the_interval_and_the_value_lies_inside(won, lost, n):
-    low, high = gate.tango(won, lost, n, 0.1)
-    assert gate.tango(lost, won, n, 0.1) == pytest.approx((-high, -low), abs=1e-7)
+    low, high = bounds.tango(won, lost, n, 0.1)
+    assert bounds.tango(lost, won, n, 0.1) == pytest.approx((-high, -low), abs=1e-7)
     assert low <= (won - lost) / n <= high
-    assert gate.tango(won, lost + 1, n, 0.1)[0] < low
+    assert bounds.tango(won, lost + 1, n, 0.1)[0] < low
 
 
 @pytest.mark.parametrize(("won", "lost", "n", "difference"), [(3, 9, 60, -0.02), (10, 2, 40, 0.1), (5, 5, 200, -0.03)])
@@ -75,7 +75,7 @@ def test_the_score_is_at_the_maximum_of_the_likelihood_under_the_supposed_differ
         likelihood = lost * np.log(q) + won * np.log(q + difference) + (n - won - lost) * np.log(same)
     best = q[np.nanargmax(likelihood)]
     spread = math.sqrt(n * (2 * best + difference - difference**2))
-    assert gate.score(won, lost, n, difference) == pytest.approx((won - lost - n * difference) / spread, rel=1e-3)
+    assert bounds.score(won, lost, n, difference) == pytest.approx((won - lost - n * difference) / spread, rel=1e-3)
 
 
 # Simulation
@@ -87,7 +87,7 @@ def passes(n: int, drop: float, flips: float, margin: float, times: int, seed: i
     chances = [(flips - drop) / 2, (flips + drop) / 2, 1 - flips]
     counts, how_often = np.unique(draw.multinomial(n, chances, size=times)[:, :2], axis=0, return_counts=True)
     # low > -margin exactly when the score at -margin exceeds the quantile
-    proven = [gate.score(int(w), int(x), n, -margin) > 1.6448536269514722 for w, x in counts]
+    proven = [bounds.score(int(w), int(x), n, -margin) > 1.6448536269514722 for w, x in counts]
     return float(how_often[np.array(proven)].sum() / times)
 
 
@@ -98,7 +98,7 @@ def test_a_candidate_at_the_margin_passes_in_six_of_a_hundred_tries_at_most(n):
 
 @pytest.mark.parametrize(("flips", "margin"), [(0.02, 0.01), (0.08, 0.01), (0.1, 0.02)])
 def test_with_the_examples_that_are_named_an_equal_candidate_passes_in_three_of_four_tries(flips, margin):
-    n = gate.examples_needed(flips, margin)
+    n = bounds.examples_needed(flips, margin)
     assert passes(n, 0.0, flips, margin, 20_000, seed=1) >= 0.75
 
 
@@ -117,20 +117,20 @@ def test_not_significant_is_never_read_as_equal():
 def test_the_bound_in_the_simulation_is_the_bound_of_the_verdict():
     for lost in range(10, 40, 3):
         verdict = decide(2000, lost, 10, margin=0.01)
-        proven = gate.score(10, lost, 2000, -0.01) > 1.6448536269514722
+        proven = bounds.score(10, lost, 2000, -0.01) > 1.6448536269514722
         assert (verdict.checks[0].status == "PASS") == proven
 
 
 def test_macro_f1_at_the_margin_passes_in_six_of_a_hundred_tries_at_most_even_where_flips_are_few():
-    label, half, bounds = np.repeat(["a", "b"], 50), 50, {}
+    label, half, lows = np.repeat(["a", "b"], 50), 50, {}
     for a in range(4):
         for b in range(4):
             new = label.copy()
             new[:a], new[half : half + b] = "b", "a"
-            bounds[a, b] = gate.bootstrap(label, label, new, 0.1, seed=0)[0]
+            lows[a, b] = bounds.bootstrap(label, label, new, 0.1, seed=0)[0]
     for loss in (0.01, 0.02, 0.03):  # of each label alike, so that macro F1 falls by just as much: it is the margin
         chance = [math.comb(half, lost) * loss**lost * (1 - loss) ** (half - lost) for lost in range(4)]
-        passed = [pair for pair, low in bounds.items() if low > -loss]
+        passed = [pair for pair, low in lows.items() if low > -loss]
         assert sum(chance[a] * chance[b] for a, b in passed) <= 0.06  # exact, no simulation
         assert all(max(pair) < 3 for pair in passed)  # so none with more losses passes either
 
@@ -143,7 +143,7 @@ def test_no_flip_seen_proves_no_margin_by_itself():
 
 def test_one_label_with_few_examples_widens_macro_f1():
     label = np.array(["a"] * 390 + ["rare"] * 10)
-    low, high = gate.bootstrap(label, label, label, 0.1, seed=0)
+    low, high = bounds.bootstrap(label, label, label, 0.1, seed=0)
     lost = 10 * 1.6448536269514722**2 / (10 + 1.6448536269514722**2)  # Wilson's bound for none lost of 10
     rare, common = 2 * (10 - lost) / (20 - lost), 780 / (780 + lost)
     assert low == pytest.approx((rare + common) / 2 - 1, abs=1e-4) and high == -low
@@ -181,9 +181,9 @@ def test_the_examples_that_would_tell_are_more_than_there_are(metric, n, lost, w
 
 
 def test_the_examples_needed_are_six_point_eighteen_flips_over_the_margin_squared():
-    assert gate.examples_needed(0.08, 0.01) == 4947 == math.ceil(6.1826 * 0.08 / 0.01**2)
-    assert gate.examples_needed(0.08, 0.005) == pytest.approx(4 * 4947, abs=4)
-    assert gate.examples_needed(0.0, 0.01) > 0
+    assert bounds.examples_needed(0.08, 0.01) == 4947 == math.ceil(6.1826 * 0.08 / 0.01**2)
+    assert bounds.examples_needed(0.08, 0.005) == pytest.approx(4 * 4947, abs=4)
+    assert bounds.examples_needed(0.0, 0.01) > 0
 
 
 def test_a_model_that_does_not_run_is_invalid_with_the_reason():
@@ -262,7 +262,7 @@ def test_a_slice_has_its_own_margin_and_one_that_is_too_small_is_reported_not_pa
 def test_macro_f1_is_the_mean_of_the_labels_f1():
     label = np.array(["a", "a", "a", "b"])
     predicted = np.array(["a", "a", "b", "b"])
-    assert gate.macro_f1(label, predicted) == pytest.approx((4 / 5 + 2 / 3) / 2)
+    assert bounds.macro_f1(label, predicted) == pytest.approx((4 / 5 + 2 / 3) / 2)
 
 
 def test_macro_f1_is_gated_by_a_bootstrap_near_tangos_interval_where_labels_balance():
@@ -280,7 +280,7 @@ def test_the_digest_of_the_limits_changes_with_each_of_them():
     other = {
         "metric": "macro_f1", "margin": 0.03, "confidence": 0.9, "min_examples": 50, "slices": {"label:a": 0.1},
         "slice_min_examples": 10, "min_agreement": 0.5, "must_win": ("size",), "min_speedup": 2.0, "max_p50_ms": 3.0,
-        "max_size_bytes": 5, "size_alone": True, "seed": 1,
+        "max_size_bytes": 5, "size_alone": True, "seed": 1, "max_kl": 0.1, "choices_margin": 0.1,
     }  # fmt: skip
     assert set(other) == set(Limits.model_fields)
     digests = {Limits(**{key: value}).digest() for key, value in other.items()}

@@ -96,7 +96,7 @@ def test_the_table_has_the_base_and_every_stages_result(world):
     ]
     assert rows[0]["is_baseline"] and rows[-1]["is_candidate"]
     for row in rows:
-        assert 0 <= row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"] <= 1
+        assert 0 <= row["quality_low"] <= row["quality"] <= row["quality_high"] <= 1
         assert 0 < row["p50_ms"] <= row["p99_ms"] and row["peak_memory_bytes"] > 1e6
     assert rows[-1]["weights_bytes"] < rows[0]["weights_bytes"]
 

@@ -126,6 +126,6 @@ def test_layers_are_found_whatever_the_encoder_around_them_is_called(family, tmp
 def test_without_the_library_the_image_that_has_it_is_named(tmp_path):
     out = tmp_path / "out"
     config = llmcompressor.Config(data=str(make_data(tmp_path / "data.parquet")))
-    with pytest.raises(ConfigError, match=r"not here \(compressed_tensors.*image slimline-llm"):
+    with pytest.raises(ConfigError, match=r"not here \(llmcompressor.*image slimline-llm"):
         llmcompressor.run(make_tiny("bert", tmp_path / "m"), out, config)
     assert not out.exists()

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from slimline import gate, report
+from slimline import gate, report, summary
 from slimline.artifact import Stage
 
 MODELS = [  # name, technique, accuracy, p50 ms, weights MB, memory MB
@@ -22,16 +22,14 @@ def row(index: int, name: str, technique: str, accuracy: float, p50: float, size
         technique=technique,
         format=name.split(" · ")[1],
         runtime="ONNX Runtime 1.32.0 (CPUExecutionProvider)" if "onnx" in name else "PyTorch 2.13.0 (cpu)",
-        accuracy=accuracy,
-        accuracy_low=accuracy - 0.013,
-        accuracy_high=accuracy + 0.012,
-        macro_f1=accuracy - 0.001,
+        quality=accuracy,
+        quality_low=accuracy - 0.013,
+        quality_high=accuracy + 0.012,
         p50_ms=p50,
         p50_low_ms=p50 * 0.97,
         p50_high_ms=p50 * 1.04,
         p99_ms=p50 * 2.2,
         throughput_per_s=2500 / p50,
-        batch_size=16,
         speedup=speedup,
         speedup_low=speedup * 0.97,
         speedup_high=speedup * 1.03,
@@ -40,7 +38,8 @@ def row(index: int, name: str, technique: str, accuracy: float, p50: float, size
         peak_memory_bytes=int(memory * 1e6),
         is_baseline=index == 0,
         is_candidate=index == len(MODELS) - 1,
-        slices={
+        others={
+            "macro_f1": accuracy - 0.001,
             "recall_negative": accuracy - 0.01,
             "recall_positive": accuracy + 0.01,
             "accuracy_0_to_15_tokens": accuracy + 0.02,
@@ -94,6 +93,7 @@ def page(
         version=3,
         outcome="Version 3 of reviews is now the champion in place of version 2.",
         verdict=verdict,
+        terms=summary.ANSWERS,
         rows=rows,
         flips=(flip,) * 4,
         lineage=stages,
@@ -101,8 +101,6 @@ def page(
         machine={"cpu": "AMD EPYC", "cores": 2, "isa": ["avx2"], "gpu": ""},
         data="movies.parquet",
         data_digest="ab" * 32,
-        queries=662,
-        threads=1,
         command="slimline run optimize -f recipe.yaml --set 'name=a b'",
         slimline_version="0.1.0",
         created="2026-11-23 14:00 UTC",
@@ -171,7 +169,7 @@ def test_the_front_holds_what_nothing_beats_in_both():
 
 
 def test_places_on_the_plot_keep_their_order_and_stay_inside():
-    drawn = report.plot(ROWS)
+    drawn = report.plot(ROWS, summary.ANSWERS)
     xs = {p["row"].name: p["x"] for p in drawn["points"]}
     assert xs["int8_dynamic · onnx"] < xs["heads · onnx"] < xs["heads · hf"] < xs["finetune · hf"]
     for p in drawn["points"]:
@@ -185,3 +183,20 @@ def test_a_strip_shows_the_limit_left_of_an_interval_that_passes():
     places = report.strip(check("PASS"))
     assert 0 < places["limit"] < places["low"] < places["value"] < places["high"] < 100
     assert report.strip(gate.Check(name="benefit", status="PASS", value=1.0, limit=1.0, sentence="")) is None
+
+
+def test_a_language_model_is_drawn_by_perplexity_of_which_less_is_better():
+    terms = summary.LANGUAGE.model_copy(update={"timed": "Tokens."})
+    numbers = {"base": (19.9, 12.0), "worse": (26.1, 2.0), "good": (21.7, 2.5)}
+    rows = tuple(
+        row(i, f"{name} · genai", "quantize.rtn", 0.5, p50, 90.0, 300).model_copy(
+            update={"quality": q, "quality_low": q - 0.5, "quality_high": q + 0.5, "is_candidate": name == "good"}
+        )
+        for i, (name, (q, p50)) in enumerate(numbers.items())
+    )
+    assert [r.name for r in report.pareto(rows, terms.rising)] == ["worse · genai", "good · genai", "base · genai"]
+    heights = {p["row"].name: p["y"] for p in report.plot(rows, terms)["points"]}
+    assert heights["base · genai"] < heights["good · genai"] < heights["worse · genai"]  # better is up
+    drawn = report.render(page(rows=rows).model_copy(update={"terms": terms}))
+    assert "21.70" in drawn and "+9.0 %" in drawn and "perplexity, 21.20 to 22.20 (baseline 19.90)" in drawn
+    assert "accuracy" not in drawn.split("<h2>What was asked")[0].split('<div class="tiles">')[1]

@@ -10,9 +10,9 @@ from slimline.view import results_table
 
 ROW = {
     "name": "int8_dynamic · onnx",
-    "accuracy": 0.8361,
-    "accuracy_low": 0.8212,
-    "accuracy_high": 0.8501,
+    "quality": 0.8361,
+    "quality_low": 0.8212,
+    "quality_high": 0.8501,
     "p50_ms": 10.81,
     "p99_ms": 149.53,
     "speedup": 13.1,
@@ -23,7 +23,9 @@ ROW = {
 
 def test_the_table_of_results_keeps_one_line_a_model_on_a_terminal_of_80_columns():
     told = io.StringIO()
-    Console(file=told, width=80).print(results_table([ROW, {**ROW, "is_candidate": True}]))
+    Console(file=told, width=80).print(
+        results_table([ROW, {**ROW, "is_candidate": True}], {"metric": "accuracy", "factor": 100})
+    )
     lines = told.getvalue().splitlines()
     assert len(lines) == 4 and "83.6 (82.1-85.0)" in lines[2] and "..." not in told.getvalue()
     assert "…" not in told.getvalue() and lines[2].split() == lines[3].split()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
 import math
 import pkgutil
 import shutil
@@ -62,16 +61,8 @@ def merge(found: dict[str, allowlist.Tensor], out: Path) -> None:
     """Write tensors of many files into one safetensors file, in the order of their names, byte for byte."""
     # Widest elements first, as the format's own writer does: every tensor then starts at a multiple of its width.
     names = sorted(found, key=lambda name: (-allowlist.WIDTHS[found[name].dtype], name))
-    entries, at = {}, 0
-    for name in names:
-        tensor = found[name]
-        end = at + tensor.end - tensor.start
-        entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with out.open("wb") as handle:
-        handle.write(len(text).to_bytes(8, "little") + text)
+        handle.write(allowlist.head({name: (found[name].dtype, found[name].shape) for name in names}))
         for name in track(names, "merging shards"):
             for piece in allowlist.chunks(found[name]):
                 handle.write(piece)

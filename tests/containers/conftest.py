@@ -14,7 +14,8 @@ from slimline import containers
 
 ROOT = Path(__file__).parent.parent.parent
 IMAGES = json.loads((ROOT / "build" / "images.json").read_text())
-CPU, TENSORRT, LLM, MLFLOW = (IMAGES[f"slimline-{name}:0.1.0"] for name in ("cpu", "tensorrt", "llm", "mlflow"))
+KINDS = ("cpu", "language", "tensorrt", "llm", "mlflow")
+CPU, LANGUAGE, TENSORRT, LLM, MLFLOW = (IMAGES[f"slimline-{name}:0.1.0"] for name in KINDS)
 
 
 @pytest.fixture(scope="session")

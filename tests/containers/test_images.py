@@ -5,14 +5,14 @@ import json
 import pytest
 
 from slimline import __version__
-from tests.containers.conftest import CPU, LLM, MLFLOW, ROOT, TENSORRT
+from tests.containers.conftest import CPU, KINDS, LANGUAGE, LLM, MLFLOW, ROOT, TENSORRT
 
 BUDGET_BYTES = 600_000_000
 """Of slimline-cpu on the base that docker/base.sh makes, without torch and what torch alone needs."""
 
 TORCH = "torch torchgen functorch torch-*.dist-info sympy mpmath networkx setuptools isympy.py"
 
-ALL = pytest.mark.parametrize("image", [CPU, TENSORRT, LLM, MLFLOW], ids=["cpu", "tensorrt", "llm", "mlflow"])
+ALL = pytest.mark.parametrize("image", [CPU, LANGUAGE, TENSORRT, LLM, MLFLOW], ids=KINDS)
 
 
 @ALL
@@ -34,7 +34,7 @@ def test_an_image_holds_no_compiler_no_installer_and_no_cache(inside, image):
     assert found == (["slimline"] if image == MLFLOW else ["library", "slimline"])
 
 
-@pytest.mark.parametrize("name", ["cpu", "tensorrt", "llm", "mlflow"])
+@pytest.mark.parametrize("name", KINDS)
 def test_the_bill_of_materials_beside_an_image_names_python_and_debian_packages(name):
     told = json.loads((ROOT / "build" / "sbom" / f"{name}.json").read_text())
     names = {part["name"] for part in told["components"]}
@@ -85,6 +85,35 @@ for kind in allowlist.MODEL_TYPES:
 
     found = inside(CPU, "python", "-c", code, tmpfs={"/tmp": "mode=1777"})
     assert found.split() == list(allowlist.MODEL_TYPES)
+
+
+def test_the_language_image_reads_gguf_quantizes_generates_and_runs_a_benchmark_of_ours(inside):
+    code = """
+import json, pathlib
+import accelerate, compressed_tensors, gguf, onnxruntime_genai, onnxruntime_genai.models.builder
+import lm_eval
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+
+class Longest(LM):
+    def loglikelihood(self, requests):
+        return [(float(len(r.args[1])), True) for r in requests]
+    loglikelihood_rolling = generate_until = None
+
+place = pathlib.Path("/tmp/task")
+place.mkdir()
+rows = [{"text": "a", "choices": ["no", "longer"], "gold": 1}, {"text": "b", "choices": ["no", "longer"], "gold": 0}]
+(place / "rows.jsonl").write_text("\\n".join(map(json.dumps, rows)))
+(place / "ours.yaml").write_text(json.dumps({
+    "task": "ours", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "/tmp/task/rows.jsonl"}},
+    "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{text}}",
+    "doc_to_choice": "{{choices}}", "doc_to_target": "gold", "metric_list": [{"metric": "acc"}],
+}))
+tasks = TaskManager(include_path="/tmp/task", include_defaults=False)
+print(lm_eval.simple_evaluate(Longest(), tasks=["ours"], task_manager=tasks)["results"]["ours"]["acc,none"])
+"""
+    found = inside(LANGUAGE, "python", "-c", code, tmpfs={"/tmp": "mode=1777"})
+    assert found.split()[-1] == "0.5"
 
 
 def test_the_tensorrt_image_serves_onnx_without_torch_and_builds_engines(inside):

