@@ -122,16 +122,23 @@ Listener = Callable[[str, int, int, str], None]
 """Called with (what is being done, items done, items in all, a short note such as 'loss 0.31')."""
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_doing: ContextVar[str] = ContextVar("doing", default="")
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Everything tracked inside is reported to the listener."""
     token = _listener.set(listener)
+    _doing.set("")
     try:
         yield
     finally:
         _listener.reset(token)
+
+
+def doing() -> str:
+    """What was last being tracked, and at which item: 'rounding layers, 3 of 8'; empty before anything was."""
+    return _doing.get()
 
 
 def track(
@@ -141,6 +148,7 @@ def track(
     listener, last = _listener.get(), 0.0
     for done, item in enumerate(items):
         now = time.monotonic()
+        _doing.set(f"{what}, {done + 1} of {len(items)}")
         if listener and now - last >= every_s:
             listener(what, done, len(items), note())
             last = now
