@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimline import activations, hf
+from slimline import activations, hf, window
 from slimline.errors import ModelError
 from slimline.shards import Weights
 
@@ -176,6 +176,7 @@ def frame(folder: Path) -> Any:
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     _cut_to_shapes(model, Weights(folder), family(values, folder))
+    window.install(model, values)
     return model.eval()
 
 

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slimline.errors import ConfigError
 
-STAGES = ("fetch", "train", "distill", "prune", "quantize", "export", "evaluate")
+STAGES = ("fetch", "train", "distill", "prune", "attention", "quantize", "export", "evaluate")
 
 Metrics = dict[str, float]
 Item = TypeVar("Item")
