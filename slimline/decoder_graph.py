@@ -182,7 +182,9 @@ def _tables(model: Any, longest: int) -> None:
                 self.register_buffer(f"cos{kind}", cos_1TD[0].contiguous())
                 self.register_buffer(f"sin{kind}", sin_1TD[0].contiguous())
 
-        def forward(self, x: Any, position_ids: torch.Tensor, layer_type: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+        def forward(
+            self, x: Any, position_ids: torch.Tensor, layer_type: str = ""
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             tables = (getattr(self, f"{wave}{layer_type}") for wave in ("cos", "sin"))
             cos_BSD, sin_BSD = (torch.nn.functional.embedding(position_ids, table_TD) for table_TD in tables)
             return cos_BSD, sin_BSD
