@@ -29,7 +29,7 @@ def hessian_II():
 
 
 def naive_obq(weight_OI, hessian_II, whole, bits, order):
-    """Optimal Brain Quantization in a given order by its definition: one column, then H^-1 without it, then the next."""
+    """Optimal Brain Quantization in a given order by its definition: a column, then H^-1 without it, then the next."""
     left, inverse, numbers = weight_OI.clone(), torch.linalg.inv(hessian_II), torch.zeros_like(weight_OI)
     size = weight_OI.shape[1] // whole.scale_OG.shape[1]
     for p in order:
@@ -152,7 +152,7 @@ def config(documents, **more):
 
 
 def in_transformers(folder, tokens_NT, dequantize):
-    """compressed-tensors 0.20 makes no room for packed zero points, so with them `dequantize` alone works, in float16."""
+    """compressed-tensors 0.20 makes no room for packed zero points: with them only `dequantize` works, in float16."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     how = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
