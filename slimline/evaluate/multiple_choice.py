@@ -1,6 +1,6 @@
 """Questions with choices, asked by lm-evaluation-harness: how often the right choice is the likeliest.
 
-The task is a folder with a task file of the harness's and its data (see harness.py for what it may ask for); prompts,
+The task is a folder with a task file of the harness's and its data (see taskfile.py for what it may ask for); prompts,
 few shots, tokenization of a choice behind its prompt, acc and acc_norm are the harness's own. acc takes the choice of
 the highest log likelihood, acc_norm the one of the highest a character, so that long choices are not at a
 disadvantage; `metric` says which of them is the model's answer.
