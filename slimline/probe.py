@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from slimline import artifact, serve
+from slimline import artifact, decoder, language, serve
 from slimline.errors import SlimlineError
 
 
@@ -108,12 +108,26 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+DECODED = 32
+"""Tokens that a language model adds to a prompt while its memory is measured."""
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Answer the batches on standard input and print the peak of memory. Returns the exit code."""
+    """Answer the batches on standard input and print the peak of memory. Returns the exit code.
+
+    A batch is texts or, for a language model, the token ids of prompts of one length, which it goes on with.
+    """
     path, threads = arguments
-    predictor = serve.load(Path(path), int(threads))
-    for texts in json.load(sys.stdin):
-        predictor.predict(texts)
+    if artifact.read(Path(path)).task == decoder.TASK:
+        model = language.load(Path(path), int(threads))
+        for ids_BT in json.load(sys.stdin):
+            state = model.prefill(ids_BT, DECODED)
+            for _ in range(DECODED):
+                state = model.step(state)
+    else:
+        predictor = serve.load(Path(path), int(threads))
+        for texts in json.load(sys.stdin):
+            predictor.predict(texts)
     sys.stdout.write(f"{peak_memory_bytes()}\n")
     return 0
 
