@@ -148,17 +148,22 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-ANSWER_TOKENS = 64
-"""How much a language model writes for each text while its memory is measured."""
+DECODED = 32
+"""Tokens that a language model adds to a prompt while its memory is measured."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Answer the batches on standard input and print the peak of memory. Returns the exit code."""
+    """Answer the batches on standard input and print the peak of memory. Returns the exit code.
+
+    A batch is texts or, for a language model, the token ids of prompts of one length, which it goes on with.
+    """
     path, threads = arguments
     if artifact.read(Path(path)).task == decoder.TASK:
         model = language.load(Path(path), int(threads))
-        for texts in json.load(sys.stdin):
-            model.generate(texts, Sampling.of({"max_tokens": ANSWER_TOKENS}))
+        for ids_BT in json.load(sys.stdin):
+            state = model.prefill(ids_BT, DECODED)
+            for _ in range(DECODED):
+                state = model.step(state)
     else:
         predictor = serve.load(Path(path), int(threads))
         for texts in json.load(sys.stdin):

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from slimline import artifact, data, evidence, harness, language, step, technique
+from slimline import artifact, data, evidence, harness, language, step, taskfile, technique
 from slimline.errors import DataError
 from slimline.evaluate import multiple_choice
 from tests.decoders import WORDS, make_decoder, seal_decoder
@@ -263,7 +263,7 @@ def test_the_examples_questions_are_those_that_its_script_makes():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     found = data.documents(EXAMPLE / "newspaper.parquet", "test")
-    settings, splits = harness.read_task(EXAMPLE / "choices")
+    settings, splits = taskfile.read(EXAMPLE / "choices")
     assert splits["test"] == script.questions(found.ids, found.texts)
     texts = dict(zip(found.ids, found.texts))
     for row in splits["test"]:

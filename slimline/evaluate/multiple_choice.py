@@ -1,6 +1,6 @@
 """Questions with choices, asked by lm-evaluation-harness: how often the right choice is the likeliest.
 
-The task is a folder with a task file of the harness's and its data (see harness.py for what it may ask for); prompts,
+The task is a folder with a task file of the harness's and its data (see taskfile.py for what it may ask for); prompts,
 few shots, tokenization of a choice behind its prompt, acc and acc_norm are the harness's own. acc takes the choice of
 the highest log likelihood, acc_norm the one of the highest a character, so that long choices are not at a
 disadvantage; `metric` says which of them is the model's answer.
@@ -18,8 +18,8 @@ models can be compared question by question:
 Numbers: accuracy (by `metric`) with Wilson's 95 % interval, acc, acc_norm, chance (what guessing gives), and
 against a baseline on the same questions agreement, flips both ways and kl_mean between the choices' probabilities.
 
-Cost: every choice is read behind its prompt; SmolLM2-135M reads the 100 questions of examples/smollm/choices in about
-a minute and a half on 2 cores.
+Cost: every choice is read behind its prompt: 300 tokens for a question of examples/smollm/choices, 30,000 for the
+100 that are asked by default.
 
 Shapes: B = questions, C = choices of the question that has most.
 """
