@@ -228,7 +228,8 @@ def _cut(whole_OGC: torch.Tensor, zero_OG: torch.Tensor | None, lowest: int, hig
     if zero_OG is None:
         return whole_OGC.clamp(lowest, highest)
     low_OG1, high_OG1 = (lowest - zero_OG).unsqueeze(2), (highest - zero_OG).unsqueeze(2)
-    return whole_OGC.maximum(low_OG1).minimum(high_OG1)
+    kept_OGC: torch.Tensor = whole_OGC.maximum(low_OG1).minimum(high_OG1)
+    return kept_OGC
 
 
 def _stored(scale_OG: torch.Tensor) -> torch.Tensor:

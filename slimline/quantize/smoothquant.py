@@ -34,7 +34,9 @@ class Config(BaseConfig):
     """How much is moved, and how activations are scaled."""
 
     data: Stored = Field(description="documents to measure activations on: their split calibration")
-    strength: float = Field(0.5, ge=0, le=1, description="how much of an outlier moves into weights: 0 none, 1 all")
+    strength: float = Field(
+        0.5, ge=0, le=1, description="1 makes all channels of activations alike, 0 all columns of weights"
+    )
     activations: Literal["dynamic", "static"] = Field(
         "dynamic", description="a scale for each token while running, or one for each map, calibrated"
     )
