@@ -71,8 +71,8 @@ def trace(model: Any, kind: decoder.Family, opset: int, longest: int) -> onnx.Mo
     except Exception as error:  # the exporter's own, of many kinds
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise ModelError(
-            f"a {model.config.model_type} model of this form cannot be exported to ONNX by PyTorch {torch.__version__}: "
-            f"{reason}. Serve it as it is, with quantize.gptq or such before."
+            f"a {model.config.model_type} model of this form cannot be exported by PyTorch {torch.__version__}: {reason}. "
+            "Serve it as it is, or quantized by what takes no graph."
         ) from None
     _name(traced)
     return traced
@@ -139,7 +139,7 @@ def _cached(model: Any, layers: int) -> torch.nn.Module:
 
 
 def _plain_products(model: Any, kind: decoder.Family) -> None:
-    """Turn every linear map into a product with a matrix [I, O]; a head that is the embedding reads it from the left."""
+    """Turn every linear map into a product with a matrix [I, O]; a head that is the embedding has it on the left."""
     import torch
 
     class Product(torch.nn.Module):
@@ -182,12 +182,9 @@ def _tables(model: Any, longest: int) -> None:
                 self.register_buffer(f"cos{kind}", cos_1TD[0].contiguous())
                 self.register_buffer(f"sin{kind}", sin_1TD[0].contiguous())
 
-        def forward(
-            self, x: Any, position_ids: torch.Tensor, layer_type: str = ""
-        ) -> tuple[torch.Tensor, torch.Tensor]:
+        def forward(self, x: Any, position_ids: torch.Tensor, layer_type: str = "") -> Any:
             tables = (getattr(self, f"{wave}{layer_type}") for wave in ("cos", "sin"))
-            cos_BSD, sin_BSD = (torch.nn.functional.embedding(position_ids, table_TD) for table_TD in tables)
-            return cos_BSD, sin_BSD
+            return tuple(torch.nn.functional.embedding(position_ids, table_TD) for table_TD in tables)
 
     for name, module in list(model.named_modules()):
         if name.endswith("rotary_emb"):
@@ -202,7 +199,7 @@ def _tables(model: Any, longest: int) -> None:
 
 
 def _name(model: onnx.ModelProto) -> None:
-    """Call nodes by the module they come from, such as /model/layers.0/self_attn/q_proj/MatMul, and open sizes by name."""
+    """Call nodes by the module they come from, as in /model/layers.0/self_attn/q_proj/MatMul, and name open sizes."""
     taken: dict[str, int] = {}
     for node in model.graph.node:
         said = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "")
