@@ -119,10 +119,9 @@ def answers(
     options.enable_mem_pattern = False  # every text has another length
     session = onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
     tokenizer = hf.tokenizer(source, hf.max_length(source))
-    inputs = [value.name for value in session.get_inputs()]
-    for text in track(data.read(texts, "calibration").texts[:samples], "calibrating"):
-        tokens = tokenizer.encode([text])
-        for name, values in zip(names, session.run(names, {key: tokens[key] for key in inputs})):
+    for text in track(data.documents(texts, "calibration").texts[:samples], "calibrating"):
+        inputs = parity.feed(session, tokenizer.encode([text]))
+        for name, values in zip(names, session.run(names, inputs)):
             if not np.isfinite(values).all():
                 raise ModelError(f"{name} is not finite on {text[:80]!r}. Repeat the step that made the graph.")
             yield name, values

@@ -5,7 +5,7 @@ SlimlineError
 ├── ModelError    this model is not what is needed        exit 3
 ├── DataError     this data is not what is needed         exit 3
 ├── GateError     the numbers do not allow it             exit 4
-└── StoreError    a ref, a digest, a disk or a server     exit 5, worth a retry
+└── StoreError    a ref, a digest, a disk, memory or a server  exit 5, worth a retry
 """
 
 
@@ -40,7 +40,7 @@ class GateError(SlimlineError):
 
 
 class StoreError(SlimlineError):
-    """A ref does not resolve, stored bytes have changed, the disk is full, a server is away."""
+    """A ref does not resolve, stored bytes have changed, disk or memory is full, a server is away."""
 
     exit_code = 5
 

@@ -8,14 +8,15 @@ Shapes: N = texts, L = labels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pydantic import Field
 
 from slimline import data, graph, hf
 from slimline.errors import DataError, ModelError
+from slimline.profiles import PAST
 from slimline.technique import BaseConfig, Metrics, Stored
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import onnx
 
 BATCH = 8
+LONGEST = 256
+"""Tokens of a text that a language model is asked on: it answers every one of them with a whole vocabulary."""
 
 
 class Guard(BaseConfig):
@@ -69,7 +72,7 @@ def texts(path: Path, number: int) -> list[str]:
 
     The last one is all of them joined: as long as the model can read.
     """
-    found = data.read(path, "calibration").texts[:number]
+    found = data.documents(path, "calibration").texts[:number]
     if len(found) < 2:
         raise DataError(f"{path} has {len(found)} calibration texts, a comparison needs 2. Give it more.")
     ordered = sorted(found, key=len)
@@ -80,7 +83,10 @@ def texts(path: Path, number: int) -> list[str]:
 
 
 def onnx_logits(model: Path | onnx.ModelProto, tokenizer: Encoder, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-    """[N, L]: what a graph says on the processor, batch by batch in the given order; Q/DQ is taken at its word."""
+    """[N, L]: what a graph says on the processor, batch by batch in the given order; Q/DQ is taken at its word.
+
+    Of a graph with a KV cache it is what may follow each text, [N, V], with nothing before it.
+    """
     import numpy as np
     import onnxruntime
 
@@ -90,12 +96,30 @@ def onnx_logits(model: Path | onnx.ModelProto, tokenizer: Encoder, texts: Sequen
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
     session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
     rows = []
     for start in range(0, len(texts), BATCH):
-        inputs = tokenizer.encode(texts[start : start + BATCH])
-        rows.append(session.run(["logits"], {name: inputs[name] for name in names})[0])
+        inputs = feed(session, tokenizer.encode(texts[start : start + BATCH]))
+        answer = session.run(["logits"], inputs)[0]
+        if answer.ndim == 3:
+            last_B = inputs["attention_mask"].sum(axis=1) - 1  # padded on the right
+            answer = answer[np.arange(len(answer)), last_B]
+        rows.append(answer)
     return np.concatenate(rows).astype(np.float32)
+
+
+def feed(session: Any, batch: Mapping[str, npt.NDArray[np.int64]]) -> dict[str, npt.NDArray[Any]]:
+    """The inputs of a graph for a batch; for one with a KV cache the batch's first LONGEST tokens, after none."""
+    import numpy as np
+
+    inputs: dict[str, npt.NDArray[Any]] = {}
+    caches = any(value.name.startswith(PAST) for value in session.get_inputs())
+    for value in session.get_inputs():
+        if value.name.startswith(PAST):
+            (_, heads, _, width) = value.shape
+            inputs[value.name] = np.zeros((len(batch["input_ids"]), heads, 0, width), np.float32)
+        else:
+            inputs[value.name] = batch[value.name][:, :LONGEST] if caches else batch[value.name]
+    return inputs
 
 
 def compare(

@@ -1,7 +1,8 @@
 """Run one technique on one model: fetch, transform, seal, save, record. The one shell around pure techniques.
 
 A step is known by what goes in: its key is the digest of source, technique, config, data, seed and code. A finished run
-with that key is reused; anything else leaves nothing behind that could be mistaken for a result.
+with that key is reused; anything else leaves nothing behind that could be mistaken for a result. A technique with
+RESUMES finds what its killed forerunner had finished (unfinished.py).
 """
 
 # Long because reuse, running, sealing and saying what went wrong must hold together, or a killed step leaves a half.
@@ -19,11 +20,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slimline import allowlist, artifact, decoder, engine, probe, progress, store, technique
+from slimline import allowlist, artifact, decoder, engine, probe, progress, store, technique, unfinished
 from slimline.artifact import Manifest, Stage
 from slimline.errors import ConfigError, ModelError, SlimlineError, StoreError
 from slimline.fetch import local
@@ -59,7 +60,7 @@ def run(name: str, source: str, options: dict[str, Any], offered: dict[str, Any]
         seconds = {key: _resolve_option(getattr(config, key)) for key in technique.stored_fields(type(config))}
         return perform(
             name, config, {"source": origin}, seconds, code_digest(module.__name__),
-            lambda out, tell: _transform(module, config, origin, seconds, out, tell),
+            lambda out, tell: _transform(module, config, origin, seconds, out, tell), resumes=_resumes(module),
         )  # fmt: skip
 
 
@@ -70,42 +71,69 @@ def perform(
     options: dict[str, list[Input]],
     code: str,
     make: Callable[[Path, technique.Listener], Made],
+    resumes: bool = False,
 ) -> tuple[str, Metrics]:
     """Return the finished run with this key, or make, seal, save and then mark finished."""
-    data = {key: _digest_of(inputs) for key, inputs in options.items() if inputs}
-    plain = {k: v for k, v in config.model_dump(mode="json").items() if k not in options}
-    digests = {key: value.digest for key, value in sources.items()}
-    key = hashlib.sha256(_canonical([name, digests, plain, data, code])).hexdigest()
+    key = _key(name, config, {key: value.digest for key, value in sources.items()}, options, code)
     if found := _reusable(key):
-        store.note_reuse(name, store.run_id_of(found))
-        metrics = store.metrics(store.run_id_of(found))
-        progress.emit("end", name, ref=found, reused=True, seconds=0.0, metrics=metrics)
-        return found, metrics
-
+        return _reused(name, found)
+    data = {key: _digest_of(inputs) for key, inputs in options.items() if inputs}
     tags = {
         "key": key,
         "source": next(iter(sources.values())).ref,
         **{f"data.{k}": v for k, v in data.items()},
     }
-    with store.step_run(name, {store.PREFIX + k: v for k, v in tags.items()}, config.model_dump(mode="json")) as run_id:
-        for value in (*sources.values(), *(i for inputs in options.values() for i in inputs)):
-            if value.manifest is None:
-                store.log_data(run_id, value.path, value.digest, name)
-            else:
-                store.link_input(run_id, value.ref)
-        with tempfile.TemporaryDirectory(prefix="slimline-") as scratch:
-            out = Path(scratch) / "model"
-            out.mkdir()
+    with _workplace(name, key, resumes) as out:
+        if resumes and (found := _reusable(key)):  # by a process that this one has waited for
+            return _reused(name, found)
+        with store.step_run(
+            name, {store.PREFIX + k: v for k, v in tags.items()}, config.model_dump(mode="json")
+        ) as run_id:
+            for value in (*sources.values(), *(i for inputs in options.values() for i in inputs)):
+                if value.manifest is None:
+                    store.log_data(run_id, value.path, value.digest, name)
+                else:
+                    store.link_input(run_id, value.ref)
             start = time.perf_counter()
             made = make(out, _teller(name))
             cost = time.perf_counter() - start
             manifest = _seal(out, made, name, config, data, code, cost)
             ref = store.save(run_id, out, manifest)
-        peak = float(manifest.history[-1].peak_memory_bytes)
-        numbers = {**made.metrics, "step_seconds": cost, "step_peak_memory_bytes": peak}
-        store.log_metrics(run_id, numbers)
+            peak = float(manifest.history[-1].peak_memory_bytes)
+            numbers = {**made.metrics, "step_seconds": cost, "step_peak_memory_bytes": peak}
+            store.log_metrics(run_id, numbers)
     progress.emit("end", name, ref=ref, reused=False, seconds=cost, metrics=numbers)
     return ref, numbers
+
+
+WAITS = "waiting for another process that runs this very step"
+
+
+def _key(name: str, config: BaseConfig, sources: dict[str, str], options: dict[str, list[Input]], code: str) -> str:
+    data = {key: _digest_of(inputs) for key, inputs in options.items() if inputs}
+    plain = {k: v for k, v in config.model_dump(mode="json").items() if k not in options}
+    return hashlib.sha256(_canonical([name, sources, plain, data, code])).hexdigest()
+
+
+def _reused(name: str, found: str) -> tuple[str, Metrics]:
+    store.note_reuse(name, store.run_id_of(found))
+    metrics = store.metrics(store.run_id_of(found))
+    progress.emit("end", name, ref=found, reused=True, seconds=0.0, metrics=metrics)
+    return found, metrics
+
+
+@contextmanager
+def _workplace(name: str, key: str, resumes: bool) -> Iterator[Path]:
+    """The folder to make a result in: one that is found again after a kill if the technique can go on in it."""
+    tell = _teller(name)
+    with ExitStack() as stack:
+        if resumes:
+            place = store.home() / "unfinished"
+            yield stack.enter_context(unfinished.kept(place, f"step-{key}", lambda: tell(WAITS, 0, 0, "")))
+            return
+        out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slimline-"))) / "model"
+        out.mkdir()
+        yield out
 
 
 class Made(NamedTuple):
@@ -123,7 +151,10 @@ class Made(NamedTuple):
 def run_on_folder(
     name: str, source: Path, out: Path, options: dict[str, Any], watch: Callable[[dict[str, Any]], None]
 ) -> Metrics:
-    """Run one technique on a folder into a new folder, with no store: what `slimline step` does."""
+    """Run one technique on a folder into a new folder, with no store: what `slimline step` does.
+
+    What a killed run of a technique with RESUMES has finished lies beside `out`, as .slimline-unfinished-...
+    """
     if out.exists():
         raise ConfigError(f"{out} exists already. Name a folder that does not.")
     module = technique.find(name)
@@ -139,20 +170,39 @@ def run_on_folder(
     def tell(what: str, done: int, total: int, note: str) -> None:
         watch({"event": "progress", "step": name, "what": what, "done": done, "total": total, "note": note})
 
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=out.parent, prefix=".slimline-")
-    except OSError as error:
-        raise StoreError(f"{out} cannot be written: {error.strerror or error}. Name another folder.") from None
-    with folder as scratch:
-        made_in, start = Path(scratch) / "model", time.perf_counter()
-        made_in.mkdir()
+    code = code_digest(module.__name__)
+    with _beside(out, _resumes(module), _key(name, config, {"source": origin.digest}, seconds, code), tell) as made_in:
+        if out.exists():
+            raise ConfigError(f"{out} was made by another process meanwhile.")
+        start = time.perf_counter()
         made = _transform(module, config, origin, seconds, made_in, tell)
         cost = time.perf_counter() - start
-        _seal(made_in, made, name, config, data, code_digest(module.__name__), cost)
+        _seal(made_in, made, name, config, data, code, cost)
         made_in.rename(out)
     watch({"event": "end", "step": name, "reused": False, "seconds": cost})
     return made.metrics
+
+
+@contextmanager
+def _beside(out: Path, resumes: bool, key: str, tell: technique.Listener) -> Iterator[Path]:
+    """A folder on the disk of `out` to make it in. Raises StoreError if there is no writing there."""
+    if resumes:
+        name = f".slimline-unfinished-{out.name}-{key[:16]}"
+        with unfinished.kept(out.parent, name, lambda: tell(WAITS, 0, 0, "")) as folder:
+            yield folder
+        return
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=out.parent, prefix=".slimline-")
+    except OSError as error:
+        raise StoreError(f"{out} cannot be written: {error.strerror or error}. Name another folder.") from None
+    with scratch as path:
+        (Path(path) / "model").mkdir()
+        yield Path(path) / "model"
+
+
+def _resumes(module: Technique) -> bool:
+    return bool(getattr(module, "RESUMES", False))
 
 
 def _seal(
@@ -185,7 +235,12 @@ def _transform(
 ) -> Made:
     paths = {key: _paths(getattr(config, key), inputs) for key, inputs in seconds.items()}
     with technique.listening(tell):
-        metrics = module.run(origin.path, out, config.model_copy(update=paths))
+        try:
+            metrics = module.run(origin.path, out, config.model_copy(update=paths))
+        except Exception as error:
+            if known := _out_of_memory(module, error):
+                raise known from error
+            raise
     before = origin.manifest
     labels = _labels(out) or (before.labels if before else ())
     return Made(
@@ -287,6 +342,26 @@ def _disk_full(error: BaseException | None) -> StoreError | None:
                 for place in dict.fromkeys([Path(tempfile.gettempdir()), store.home().parent])
             )
             return StoreError(f"the disk is full ({free}). Make room, or set TMPDIR and SLIMLINE_STORE elsewhere.")
+        error = error.__cause__ or error.__context__
+    return None
+
+
+NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "(os error 12)", "bad_alloc")
+
+
+def _out_of_memory(module: Technique, error: BaseException | None) -> StoreError | None:
+    """StoreError if the reason, at any depth, is that no memory was left on the machine or its GPU."""
+    while error is not None:
+        said = str(error)
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if kinds & {"MemoryError", "OutOfMemoryError"} or any(sign in said for sign in NO_MEMORY):
+            name = module.__name__.removeprefix("slimline.")
+            where = f" while {technique.doing()}" if technique.doing() else ""
+            goes_on = " What is finished is kept: the same command goes on there." if _resumes(module) else ""
+            return StoreError(
+                f"{name} ran out of memory{where} ({' '.join(said.split())[:160] or type(error).__name__}). Give it "
+                f"less at a time, such as fewer or shorter windows of text, or a machine with more.{goes_on}"
+            )
         error = error.__cause__ or error.__context__
     return None
 

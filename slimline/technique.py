@@ -3,7 +3,7 @@
 A technique is a module with four names:
 
     NEEDS   the format of the model it takes: "hf", "onnx", "path" (a folder from outside) or "any"
-    GIVES   the format of what it leaves in `out`: "hf", "onnx", "tensorrt" or "evaluation"
+    GIVES   the format of what it leaves in `out`: "hf", "onnx", "tensorrt", "gguf" or "evaluation"
     Config  its options: a BaseConfig, every field with bound, unit and meaning
     run     (source: Path, out: Path, config: Config) -> Metrics; reads source, writes out, touches nothing else
 
@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slimline.errors import ConfigError
 
-STAGES = ("fetch", "train", "distill", "prune", "quantize", "export", "evaluate")
+STAGES = ("fetch", "train", "distill", "prune", "attention", "quantize", "export", "evaluate")
 
 Metrics = dict[str, float]
 Item = TypeVar("Item")
@@ -122,16 +122,23 @@ Listener = Callable[[str, int, int, str], None]
 """Called with (what is being done, items done, items in all, a short note such as 'loss 0.31')."""
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_doing: ContextVar[str] = ContextVar("doing", default="")
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Everything tracked inside is reported to the listener."""
     token = _listener.set(listener)
+    _doing.set("")
     try:
         yield
     finally:
         _listener.reset(token)
+
+
+def doing() -> str:
+    """What was last being tracked, and at which item: 'rounding layers, 3 of 8'; empty before anything was."""
+    return _doing.get()
 
 
 def track(
@@ -141,6 +148,7 @@ def track(
     listener, last = _listener.get(), 0.0
     for done, item in enumerate(items):
         now = time.monotonic()
+        _doing.set(f"{what}, {done + 1} of {len(items)}")
         if listener and now - last >= every_s:
             listener(what, done, len(items), note())
             last = now

@@ -1,12 +1,16 @@
-"""Export to ONNX: one graph file for ONNX Runtime, which says what the PyTorch model says.
+"""Export to ONNX: one graph file for ONNX Runtime or TensorRT, which says what the PyTorch model says.
 
-Traced for any batch and any length, then fused by ONNX Runtime's own optimizer: attention, layer norms and GELU become
-one node each. The TorchScript exporter, on purpose: on the dynamo exporter's graph that optimizer finds no
-attention at all. Costs seconds and two copies of the weights in memory.
+An encoder is traced for any batch and any length, then fused by ONNX Runtime's own optimizer: attention, layer norms
+and GELU become one node each. The TorchScript exporter, on purpose: on the dynamo exporter's graph that optimizer finds
+no attention at all. Costs seconds and two copies of the weights in memory.
+
+A language model becomes a plain graph with a KV cache (decoder_graph.py), for export.tensorrt and whatever else reads
+standard operators: by the dynamo exporter, never fused. Packed weights are floats in it; quantize the graph instead.
 
 Shapes: B = texts, S = tokens, L = labels.
 """
 
+# Long because encoders and language models are exported by one technique: what a user asks for is a graph.
 from __future__ import annotations
 
 import inspect
@@ -17,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from slimline import artifact, graph, hf, parity
-from slimline.errors import ModelError
+from slimline import artifact, data, decoder, decoder_graph, graph, hf, language, parity
+from slimline.errors import ConfigError, ModelError
 from slimline.technique import BaseConfig, Metrics, Stored
 
 if TYPE_CHECKING:
@@ -30,8 +34,14 @@ NEEDS, GIVES = "hf", "onnx"
 
 class Config(BaseConfig):
     data: Stored = Field(description="calibration texts on which graph and source must agree")
-    fuse: bool = Field(True, description="merge attention, layer norm and GELU into one node each")
-    first_token: bool = Field(True, description="compute only the head's token in the last layer")
+    fuse: bool = Field(True, description="of encoders: merge attention, layer norm and GELU into one node each")
+    first_token: bool = Field(True, description="of encoders: compute only the head's token in the last layer")
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        le=1 << 20,
+        description="of language models: tokens of prompt and answer together; none: the model's",
+    )
     opset: int = Field(17, ge=17, le=20, description="version of the ONNX operators")
     texts: int = Field(64, ge=2, description="how many texts the parity guard compares")
     tolerance: float = Field(1e-3, gt=0, le=0.1, description="allowed, as a fraction of the largest logit")
@@ -39,6 +49,8 @@ class Config(BaseConfig):
 
 def run(source: Path, out: Path, config: Config) -> Metrics:
     """Write model.onnx, config.json and the tokenizer. Raises ModelError where the logits differ."""
+    if decoder.is_decoder(source):
+        return run_decoder(source, out, config)
     model = hf.load(source)
     settings = _settings(source)
     tokenizer = hf.tokenizer(source, settings["slimline_max_length"])
@@ -61,6 +73,33 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     return {
         **fusions(result, len(hf.layers(model))),
         "one_token_nodes": float(one_token),
+        "parity_max_abs": difference.max_abs,
+        "parity_agreement": difference.agreement,
+        "size_bytes": float((out / graph.FILE).stat().st_size),
+    }
+
+
+def run_decoder(source: Path, out: Path, config: Config) -> Metrics:
+    """Write the graph of a language model with its KV cache, config.json and the tokenizer."""
+    values = hf.read_config(source)
+    limit = decoder.context(values)
+    longest = config.max_length or limit
+    if longest > limit:
+        raise ConfigError(f"max_length is {longest} but the model reads {limit} tokens at most. Lower it.")
+    out.mkdir(parents=True, exist_ok=True)
+    with graph.quiet():
+        traced = decoder_graph.trace(decoder.load(source), decoder.family(values, source), config.opset, longest)
+    graph.write(traced, out / graph.FILE)
+    texts = data.documents(Path(config.data), "calibration").texts[: config.texts]
+    prompts = decoder_graph.prompts(language.Tokenizer(source), texts)
+    prompts = [ids[: longest - 1] for ids in prompts]
+    hint = "Serve the model as it is."
+    difference = decoder_graph.difference(decoder.load(source).cpu(), out / graph.FILE, prompts, hint)
+    parity.require_equal(difference, texts, config.tolerance, "Try another opset")
+    settings = {"slimline_max_length": longest, "quantization_config": None}
+    decoder.copy_rest(source, out, settings)
+    return {
+        "layers": float(len([o for o in traced.graph.output if o.name.endswith(".key")])),
         "parity_max_abs": difference.max_abs,
         "parity_agreement": difference.agreement,
         "size_bytes": float((out / graph.FILE).stat().st_size),

@@ -95,7 +95,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     if longest > limit:
         raise ConfigError(f"max_length is {longest} but the model reads {limit} tokens at most. Lower it.")
     tokenizer = hf.tokenizer(source, limit)
-    lengths = tokenizer.lengths(data.read(Path(config.data), "calibration").texts)
+    lengths = tokenizer.lengths(data.documents(Path(config.data), "calibration").texts)
     opens = {value.name: open_shape(value) for value in model.graph.input}
     decodes = any(name.startswith(profiles.PAST) for name in opens)
     wanted = profiles.of(opens, batches(config), profiles.spans(lengths, longest, 1 if decodes else config.profiles))
