@@ -6,9 +6,8 @@ PYTHON is one that has llama-cpp-python and numpy, in an environment of its own:
 is a list of lists of token ids, so that every runtime is asked about the very same tokens. With --quantize each model
 is first quantized by llama.cpp itself, into files beside windows.json.
 
-Built for this machine's processor: CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python. Where that crashes at the
-first token (a virtual machine that promises AMX and does not have it): CFLAGS and CXXFLAGS "-mno-amx-int8 -mno-amx-tile
--mno-amx-bf16" as well.
+Built for this machine's processor: CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python. On one Xeon that build
+(0.3.36) crashed at the first token, in ggml's AMX code; it ran once the kernel refused AMX to it (arch_prctl 0x1023).
 
 Timings of all models are interleaved, repeat by repeat: what slows the machine slows them all.
 """

@@ -1,7 +1,7 @@
 """What a GGUF file says of itself: settings, and where each tensor lies. Every length is checked before it is believed.
 
 The reader of the `gguf` package believes lengths as they stand (an array of 2^60 numbers keeps it busy for ever), and
-makes an object of every token; this one takes 0.1 s for SmolLM2's 100,000 strings. Tensors are then read through a
+makes an object of every token; this one takes 0.2 s for SmolLM2's 100,000 strings. Tensors are then read through a
 memory map, de-quantized by `gguf.quants` a few rows at a time.
 
 Shapes: R = rows, C = columns; GGUF itself says them the other way round.

@@ -1,7 +1,7 @@
 """GGUF: a language model from the file that llama.cpp runs, as plain floats that every other step can work on.
 
-Reads one .gguf file (or the only one of a folder), one tensor at a time: memory is the largest tensor's few megabytes,
-however large the model. Quantized weights become the floats that llama.cpp computes with, exactly; what quantization
+Reads one .gguf file (or the only one of a folder), one tensor at a time: memory is at most one tensor's floats,
+however large the model. Quantized weights become exactly the floats that their blocks stand for; what quantization
 has lost stays lost. The tokenizer and its chat template come from the file, too. Nothing in a GGUF is run, and every
 length in it is checked against the file's size first. SmolLM2-135M takes 9 seconds, 2 of them for the weights.
 """
