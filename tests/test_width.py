@@ -178,15 +178,15 @@ def test_a_killed_run_goes_on_where_it_was(documents, tmp_path, monkeypatch):
     pruned(source, tmp_path / "whole", documents, **options)
     write = Writer.write
 
-    def killed(self, number, tensors):
+    def killed(self, number, *parts):
         if number == 2:
             raise KeyboardInterrupt
-        write(self, number, tensors)
+        write(self, number, *parts)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Writer, "write", killed)
         pruned(source, tmp_path / "killed", documents, **options)
-    assert len(list((tmp_path / "killed").glob("part-*.safetensors"))) == 2
+    assert len(list((tmp_path / "killed").glob("m*.safetensors"))) == 2
     width.run(source, tmp_path / "killed", configured(documents, **options))
     one, other = (plain.logits(decoder.load(tmp_path / name)) for name in ("whole", "killed"))
     assert torch.equal(one, other)

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from slimline import decoder, layerwise, passages, sparse
-from slimline.errors import ModelError
+from slimline import decoder, layerwise, obq, passages, sparse
 from slimline.technique import Metrics
 
 if TYPE_CHECKING:
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
 NEEDS = GIVES = "hf"
 RESUMES = True
-WHOLE = 10.0
-"""The most that the Hessian is damped, in means of its diagonal: inputs then hardly make up for each other any more."""
 
 
 class Config(sparse.Sparsity):
@@ -45,24 +42,29 @@ class Config(sparse.Sparsity):
 
 def run(source: Path, out: Path, config: Config) -> Metrics:
     """Write the model with zeros in the maps of all layers, and weights that make up for them."""
+    import torch
+
     kind = sparse.check(source, config.pattern)
     before = sparse.count(source)["sparsity"]
     tokens_NT = passages.draw(source, config)
-    damp = config.damp
-    for layer in layerwise.walk(source, out, tokens_NT, "zeroing weights"):
+    totals: dict[str, float] = {}
+    for layer in layerwise.walk(source, out, tokens_NT, "zeroing weights", totals=totals):
         hessians = layer.measure([group[0] for group in kind.readers], products)
+        layer.numbers = {"damped_maps": 0.0}
         for group in kind.readers:
-            root_II, took = root(hessians.pop(group[0]), config.damp, f"{layer.name}.{group[0]}")
-            damp = max(damp, took)
+            hessian_II = hessians.pop(group[0])
+            order_I = torch.arange(len(hessian_II), device=hessian_II.device)
+            made = obq.factor(hessian_II, config.damp, order_I, f"{layer.name}.{group[0]}")
+            layer.numbers["damped_maps"] += len(group) * (made.damp > config.damp)
             for name in group:
                 weight_OI = layer.weight(name)
-                weight_OI.copy_(prune(weight_OI, root_II, config.sparsity, config.pattern, config.block))
+                weight_OI.copy_(prune(weight_OI, made.root_II, config.sparsity, config.pattern, config.block))
         layer.store()
     decoder.copy_rest(source, out)
     return {
         **sparse.count(out),
+        **totals,
         "sparsity_before": before,
-        "damp": damp,
         "calibration_tokens": float(tokens_NT.size),
     }
 
@@ -70,31 +72,6 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
 def products(x_XI: torch.Tensor) -> torch.Tensor:
     """[I, I]: the sum over tokens of products of two inputs."""
     return x_XI.T @ x_XI
-
-
-def root(hessian_II: torch.Tensor, damp: float, name: str = "a map") -> tuple[torch.Tensor, float]:
-    """Upper triangular U with U' U = (H + damp * mean of its diagonal)^-1 in float64, and the damping that it took.
-
-    Where H stays singular the damping grows tenfold, up to WHOLE. Raises ModelError for inputs that are not finite.
-    """
-    import torch
-
-    hessian_II = hessian_II.double()
-    mean = hessian_II.diagonal().mean()
-    if not hessian_II.isfinite().all():
-        raise ModelError(f"{name} has inputs that are not finite. Is the model whole, and does it work on this text?")
-    if mean == 0:  # nothing ever enters this map, so it matters nowhere which weights go
-        return torch.eye(len(hessian_II), dtype=torch.float64, device=hessian_II.device), damp
-    while damp <= WHOLE:
-        damped_II = hessian_II + torch.eye(len(hessian_II), dtype=torch.float64, device=hessian_II.device) * damp * mean
-        lower_II, failed = torch.linalg.cholesky_ex(damped_II)
-        root_II, singular = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
-        if not failed and not singular and root_II.isfinite().all():
-            return root_II, damp
-        damp *= 10
-    raise ModelError(
-        f"what enters {name} goes together so much that nothing can be told apart. Calibrate on more text."
-    )
 
 
 def prune(
