@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from slimline import window
+
 if TYPE_CHECKING:
     import torch
 
@@ -27,9 +29,8 @@ def go_on(
     Without `drawn_BA` always the likeliest token. Behind the end all is the end token again, and not real.
     """
     import torch
-    from transformers import DynamicCache
 
-    cache, given_BT = DynamicCache(config=model.config), prompts_BP
+    cache, given_BT = window.cache(model), prompts_BP
     going_B = torch.ones(len(prompts_BP), dtype=torch.bool, device=prompts_BP.device)
     answers, real = [], []
     with torch.no_grad():

@@ -11,8 +11,8 @@ are of one length, or packed on sheets (sheets.py). While all is seen it is tran
 
     for logits in stream(model, pieces): ...     # text of any length
 
-Shapes: B = texts, H = heads, G = groups of heads that share a key, R = heads of a group, Q = queries, K = keys,
-D = width of a head, F = frequencies, S = sinks, W = window, V = vocabulary.
+Shapes: B = texts, H = heads, G = groups of heads that share a key, X = heads of a group and their queries,
+Q = queries, K = keys, D = width of a head, F = frequencies, S = sinks, W = window, V = vocabulary.
 """
 
 # Long because what attention sees, what the cache keeps and where positions begin anew must agree token by token.
@@ -40,10 +40,11 @@ def install(model: Any, values: dict[str, Any]) -> None:
     """Give a model the attention that its config.json asks for; without those keys nothing happens."""
     if not values.get(WINDOW):
         return
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     check(values, "config.json")
     AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, _refuse_padding)
     model.config._attn_implementation = NAME
     frequencies_F = model.base_model.rotary_emb.inv_freq
     for module in model.modules():
@@ -60,6 +61,12 @@ def check(values: dict[str, Any], where: str) -> None:
         )
     if (form := rope.get("rope_type", rope.get("type", "default"))) not in STEADY:
         raise ModelError(f"{where}: {form} positions change with the length of the text. {', '.join(STEADY)} do not.")
+
+
+def _refuse_padding(attention_mask: torch.Tensor | None = None, **rest: Any) -> None:
+    """No mask is needed, since positions say all. Raises ModelError where one leaves tokens out."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ModelError("attention with sinks takes no padding. Give texts of one length, or one by one.")
 
 
 def attend(
@@ -97,7 +104,7 @@ def attend(
     for start in range(0, queries, window):  # so that time and memory grow with the length, not with its square
         rows = slice(start, min(queries, start + window))
         first, end = max(sinks, keys - queries + start - window + 1), keys - queries + rows.stop
-        seen = torch.cat([places[: min(sinks, end)], places[first:end]])
+        seen = slice(end) if first == sinks else torch.cat([places[: min(sinks, end)], places[first:end]])
         answers.append(
             _attend(
                 module, query_BHQD[:, :, rows] * scaling, key_BGKD[:, :, seen], value_BGKD[:, :, seen],
@@ -116,19 +123,23 @@ def _attend(
 
     window, sinks = int(getattr(module.config, WINDOW)), int(getattr(module.config, SINKS))
     batch, heads, queries, width = query_BHQD.shape
-    shape = (batch, key_BGKD.shape[1], heads // key_BGKD.shape[1], queries, width)
-    key_BGDK = key_BGKD.transpose(2, 3).unsqueeze(2)
-    score_BGRQK = query_BHQD.reshape(shape) @ key_BGDK
+    folded = (batch, key_BGKD.shape[1], -1, width)  # heads of a group beside their queries: keys are not repeated
+    key_BGDK = key_BGKD.transpose(2, 3)
     apart_BQK, sink_B1K = at_BQ.unsqueeze(2) - at_BK.unsqueeze(1), (at_BK < sinks).unsqueeze(1)
+    score_BHQK = (query_BHQD.reshape(folded) @ key_BGDK).reshape(batch, heads, queries, -1)
     back_BQ = (sinks + window - 1 - at_BQ).clamp(max=0)
     if sinks and bool((back_BQ < 0).any()):
         turned_BHQD = module.turning(query_BHQD, back_BQ)
-        score_BGRQK = torch.where(sink_B1K[:, None, None], turned_BHQD.reshape(shape) @ key_BGDK, score_BGRQK)
+        known = key_BGDK.shape[3] if document_BK is not None else int(sink_B1K[0, 0].sum())  # alone, sinks come first
+        near_BHQS = (turned_BHQD.reshape(folded) @ key_BGDK[..., :known]).reshape(batch, heads, queries, known)
+        near_BHQS = torch.where(sink_B1K[:, None, :, :known], near_BHQS, score_BHQK[..., :known])
+        score_BHQK = torch.cat([near_BHQS, score_BHQK[..., known:]], dim=-1)
     seen_BQK = (apart_BQK >= 0) & (sink_B1K | (apart_BQK < window))
     if document_BK is not None:
         seen_BQK &= document_BK.unsqueeze(2) == document_BK.unsqueeze(1)
-    weight_BGRQK = score_BGRQK.float().masked_fill(~seen_BQK[:, None, None], -torch.inf).softmax(dim=-1)
-    return (weight_BGRQK.to(value_BGKD.dtype) @ value_BGKD.unsqueeze(2)).reshape(query_BHQD.shape)
+    weight_BHQK = score_BHQK.float().masked_fill(~seen_BQK.unsqueeze(1), -torch.inf).softmax(dim=-1)
+    weight_BGXK = weight_BHQK.to(value_BGKD.dtype).reshape(*folded[:3], weight_BHQK.shape[3])
+    return (weight_BGXK @ value_BGKD).reshape(query_BHQD.shape)
 
 
 def _turned(states_BHQD: torch.Tensor, by_BQ: torch.Tensor, frequencies_F: torch.Tensor) -> torch.Tensor:
@@ -147,11 +158,11 @@ def _turned(states_BHQD: torch.Tensor, by_BQ: torch.Tensor, frequencies_F: torch
 def _layer_class() -> Any:
     from transformers.cache_utils import DynamicLayer
 
-    class Layer(DynamicLayer):
+    class Layer(DynamicLayer):  # type: ignore[no-untyped-call]
         """The keys and values of the sinks and of the last W - 1 tokens: with the one that comes next, all it sees."""
 
         def __init__(self, window: int, sinks: int) -> None:
-            super().__init__()
+            super().__init__()  # type: ignore[no-untyped-call]
             self.window, self.sinks, self.seen = window, sinks, 0
 
         def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -204,7 +215,7 @@ def stream(model: Any, pieces: Iterable[torch.Tensor], cache: Any) -> Iterator[t
     context = int(model.config.max_position_embeddings)
     at_once = max(1, min(window, context - sinks - window))
     for piece_BQ in pieces:
-        for part_BQ in piece_BQ.split(at_once, dim=1):
+        for part_BQ in piece_BQ.split(at_once, dim=1):  # type: ignore[no-untyped-call]
             if cache.get_seq_length() + part_BQ.shape[1] > context:
                 _begin_anew(model, cache, sinks + window)
             with torch.no_grad():

@@ -143,6 +143,27 @@ def test_packed_documents_have_sinks_of_their_own(kind, tmp_path):
         torch.testing.assert_close(together[at : at + 23], logits(model, [ids])[0], atol=5e-5, rtol=1e-3)
 
 
+def test_padding_is_refused_rather_than_read(tmp_path):
+    model, _ = slid(seal_decoder(make_decoder("llama", tmp_path / "a")), tmp_path / "out", window=5, sinks=2)
+    ids, whole = torch.as_tensor(text(12)), torch.ones(1, 12, dtype=torch.long)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids, attention_mask=whole, use_cache=False).logits, logits(model, ids))
+        with pytest.raises(ModelError, match="takes no padding"):
+            model(input_ids=ids, attention_mask=whole.index_fill(1, torch.tensor([0]), 0), use_cache=False)
+
+
+def test_transformers_own_generation_agrees_with_the_stream(tmp_path):
+    model, _ = slid(seal_decoder(make_decoder("llama", tmp_path / "a")), tmp_path / "out", window=5, sinks=2)
+    ids = torch.as_tensor(text(9))
+    said = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    cache, given = window.cache(model), ids
+    for _ in range(20):
+        (answer,) = window.stream(model, [given], cache)
+        given = answer.argmax(1, keepdim=True)
+        ids = torch.cat([ids, given], dim=1)
+    assert torch.equal(said, ids)
+
+
 def test_a_window_can_be_trained_through(tmp_path):
     model, _ = slid(seal_decoder(make_decoder("llama", tmp_path / "a")), tmp_path / "out", window=5, sinks=2)
     model.requires_grad_(True)
