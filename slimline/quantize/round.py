@@ -10,6 +10,7 @@ gradients through one layer at a time, and memory for one layer, four times over
 Shapes: N = windows, T = tokens of one, W = width, O = outputs, I = inputs, G = groups, C = inputs of one group.
 """
 
+# Long because the descent, and the rounding that it descends through with its gradients by hand, are one method.
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ RESUMES = True
 
 NARROWEST, WIDEST = 0.5, 1.25
 """What a range may become, as a factor of the one it starts with."""
+CHECKS = 2
+"""How often, at least, the error over all text is measured, to keep the best."""
 
 
 class Config(GridConfig):
@@ -40,8 +43,8 @@ class Config(GridConfig):
 
     data: Stored = Field(description="documents to learn on: their split calibration, of which only the text is read")
     windows: int = Field(64, ge=1, le=65_536, description="of that text, drawn by seed")
-    length: int = Field(512, ge=2, le=131_072, description="tokens of one window")
-    steps: int = Field(120, ge=1, le=10_000, description="of descent for every layer")
+    length: int = Field(256, ge=2, le=131_072, description="tokens of one window")
+    steps: int = Field(80, ge=1, le=10_000, description="of descent for every layer")
     batch: int = Field(4, ge=1, le=1024, description="windows that one step sees")
     rate: float = Field(
         0.0, ge=0, le=0.5, description="what the first step adds, in steps of the grid; falls to 0; 0 for 1 / steps"
@@ -53,7 +56,10 @@ class Config(GridConfig):
 
 
 def run(source: Path, out: Path, config: Config) -> Metrics:
-    """Write the model with every layer's maps packed. Embedding and head stay floats."""
+    """Write the model with every layer's maps packed. Embedding and head stay floats.
+
+    The errors are of layers' outputs, of those layers that this try has learned.
+    """
     kind, scheme = grid.check(source, config.group_size), config.scheme
     texts = data.documents(Path(config.data), "calibration").texts
     tokens_NT = language.windows(language.Tokenizer(source), texts, config.length, config.windows, config.seed)
@@ -116,10 +122,6 @@ def learn(layer: Layer, config: Config) -> tuple[dict[str, Integers], tuple[floa
             parameter.data.copy_(kept)
         found = {name: part.integers() for name, part in rounded.items()}
     return found, (first, least, float(target_NTW.double().square().sum()))
-
-
-CHECKS = 2
-"""How often, at least, the error over all text is measured, to keep the best."""
 
 
 def squared_error(layer: Layer, target_NTW: torch.Tensor) -> float:
