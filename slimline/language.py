@@ -241,7 +241,10 @@ class Graph:
                 given[node.name] = past[node.name] if past else none
         names = [node.name for node in self.session.get_outputs()]
         inputs = {node.name: given[node.name] for node in self.session.get_inputs()}
-        found = dict(zip(names, self.session.run(names, inputs)))
+        try:
+            found = dict(zip(names, self.session.run(names, inputs)))
+        except Exception as error:
+            raise ModelError(f"the package cannot read {ids_BT.shape[1]} tokens: {_line(error)}.") from None
         logits_BTV = np.asarray(found.pop("logits"), dtype=np.float32)
         return logits_BTV, {name.replace("present", "past_key_values"): value for name, value in found.items()}
 

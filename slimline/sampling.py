@@ -39,7 +39,9 @@ class Sampling(BaseModel):
         """Settings as they come from outside; what is None is left out. Raises DataError in one sentence."""
         given = {key: value for key, value in (params or {}).items() if value is not None}
         if isinstance(given.get("stop"), str):
-            given["stop"] = (given["stop"],) if given["stop"] else ()
+            given["stop"] = (given["stop"],)
+        if isinstance(given.get("stop"), list | tuple):  # an empty text would end every answer before it begins
+            given["stop"] = tuple(text for text in given["stop"] if text != "")
         try:
             return cls(**given)
         except ValidationError as error:

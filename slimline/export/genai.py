@@ -126,7 +126,8 @@ def build(floats: Path, out: Path, config: Config) -> None:
     precision = {"float32": "fp32", "float16": "fp16"}[config.dtype]
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(floats), "-o", str(out)]
     command += ["-p", precision, "-e", config.device, "-c", str(out.parent / "cache")]
-    command += ["--extra_options", "hf_token=false"]
+    # a cache of a window's size would need its buffers laid out by the runtime, and saves nothing up to that length
+    command += ["--extra_options", "hf_token=false", "windowed_kv_cache=false"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out.parent)
     if done.returncode != 0 or not (out / "model.onnx").is_file():

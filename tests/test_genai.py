@@ -1,0 +1,222 @@
+"""Packages for ONNX Runtime GenAI: the source's very integers, and the source's answers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slimline import artifact, decoder, grid, language, layerwise, packed, probe
+from slimline.errors import ConfigError, ModelError
+from slimline.export import genai
+from slimline.packed import Integers, Scheme
+from slimline.sampling import Sampling
+from slimline.shards import Weights
+from tests.decoders import make_decoder, make_documents, seal_decoder
+
+PROMPTS = ["the film is", "a long and very dull story with a bright end and", "plot", ""]
+SHORT = Sampling.of({"max_tokens": 12})
+
+
+def pack(source, out):
+    """The model with layers in whole numbers, of 4 bits but for the values' 8, and zero points in some."""
+    kind, schemes = decoder.FAMILIES["llama"], {}
+    out.mkdir()
+    for layer in layerwise.walk(source, out):
+        packing = {}
+        for name in kind.maps:
+            scheme = Scheme(8 if name == kind.value else 4, 32, name != kind.down)
+            scale, zero = grid.fit(layer.weight(name), scheme, search=False)
+            numbers = grid.nearest(layer.weight(name), scale, zero, scheme.bits)
+            packing[name] = packed.pack(Integers(numbers, scale, zero), scheme.bits)
+            schemes[f"{layer.name}.{name}"] = scheme
+        layer.store(packing)
+    grid.finish(source, out, schemes)
+    return seal_decoder(out)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("genai")
+
+
+@pytest.fixture(scope="module")
+def documents(place):
+    return str(make_documents(place / "documents.parquet"))
+
+
+@pytest.fixture(scope="module")
+def floats(place):
+    return seal_decoder(make_decoder("llama", place / "floats", tied=True, seed=3))
+
+
+@pytest.fixture(scope="module")
+def whole(place, floats):
+    return pack(floats, place / "whole")
+
+
+def export(source, out, **options):
+    out.mkdir()
+    metrics = genai.run(source, out, genai.Config(**options))
+    artifact.seal(out, format="genai", task=decoder.TASK, labels=(), base="made for a test")
+    return out, metrics
+
+
+@pytest.fixture(scope="module")
+def package(place, whole, documents):
+    return export(whole, place / "package", data=documents)
+
+
+@pytest.fixture(scope="module")
+def float_package(place, floats, documents):
+    return export(floats, place / "float-package", data=documents)
+
+
+def tensors(folder):
+    import onnx
+
+    model = onnx.load(str(folder / "model.onnx"))
+    return model, {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+
+
+def test_every_matrix_is_in_the_package_in_the_very_numbers_of_the_source(package, whole):
+    model, found = tensors(package[0])
+    nodes = [n for n in model.graph.node if n.op_type == "MatMulNBits" and "layers.1/" in n.name]
+    weights, seen = Weights(whole), []
+    for node in nodes:
+        number = {a.name: a.i for a in node.attribute}
+        data = found[node.input[1]].reshape(number["N"], -1)
+        raised = data if number["bits"] == 8 else np.stack([data & 15, data >> 4], 2).reshape(number["N"], -1)
+        zero = 2 ** (number["bits"] - 1)
+        if len(node.input) > 3:
+            packed_zeros = found[node.input[3]].reshape(number["N"], -1)
+            zero = np.stack([packed_zeros & 15, packed_zeros >> 4], 2).reshape(number["N"], -1)
+            zero = np.repeat(zero[:, : found[node.input[2]].shape[1]], number["block_size"], 1).astype(np.float32)
+        scale = np.repeat(found[node.input[2]], number["block_size"], 1)
+        seen.append((raised.astype(np.float32) - zero) * scale)
+    names = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj"], ["up_proj"], ["down_proj"]]
+    parts = [["self_attn." if n[0] in "qkvo" else "mlp.", n] for group in names for n in group]
+    of = {n: weights.read(f"model.layers.1.{where}{n}.weight").float().numpy() for where, n in parts}
+    assert len(seen) == len(names)
+    for matrix, group in zip(seen, names):
+        np.testing.assert_array_equal(matrix, np.concatenate([of[n] for n in group]))
+
+
+def test_it_says_how_near_it_is(package):
+    metrics = package[1]
+    assert metrics["packed_maps"] == 14 and metrics["head_bits"] == 8
+    assert metrics["parity_max_abs"] < 1e-3
+    assert 0 < metrics["kl_mean"] < 0.05
+
+
+def test_a_tied_table_is_there_once(package):
+    model, found = tensors(package[0])
+    tables = [name for name, values in found.items() if values.dtype == np.uint8 and "layers" not in name]
+    assert tables == ["lm_head.MatMul.weight_Q8"]
+    lookup = next(n for n in model.graph.node if n.op_type == "GatherBlockQuantized")
+    assert lookup.input[2] == "lm_head.MatMul.weight_scales"
+
+
+def test_floats_come_out_as_floats_and_write_what_pytorch_writes(float_package, floats):
+    folder, metrics = float_package
+    assert metrics["head_bits"] == 0 and metrics["packed_maps"] == 0
+    assert metrics["parity_max_abs"] < 1e-4
+    here, there = language.load(folder, threads=1), language.load(floats, threads=1)
+    assert here.generate(PROMPTS, SHORT) == there.generate(PROMPTS, SHORT)
+    assert here.generate(PROMPTS[:1], SHORT) == here.generate(PROMPTS, SHORT)[:1]
+    assert here.chat([{"role": "user", "content": "plot"}], SHORT) == there.chat(
+        [{"role": "user", "content": "plot"}], SHORT
+    )
+    drawn = Sampling.of({"max_tokens": 12, "temperature": 0.8, "top_p": 0.9, "seed": 5})
+    assert here.generate(PROMPTS, drawn) == there.generate(PROMPTS, drawn)
+
+
+def test_a_package_reads_step_by_step_what_it_reads_at_once(float_package):
+    model = language.load(float_package[0], threads=1)
+    ids = model.encode(PROMPTS[1])
+    at_once = model.logits([ids])[0]
+    state = model.prefill([ids[:-2]], room=4)
+    np.testing.assert_allclose(state.logits_BV[0], at_once[-3], atol=1e-4)
+    state = model.step(model.step(state, ids[-2]), ids[-1])
+    np.testing.assert_allclose(state.logits_BV[0], at_once[-1], atol=1e-4)
+    rows = [[3, 4, 5, 6], [9, 8, 7, 6]]
+    together = model.step(model.prefill(rows, room=4)).logits_BV
+    alone = [model.step(model.prefill([row], room=4)).logits_BV[0] for row in rows]
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
+def test_a_package_is_blessed_and_needs_no_torch(package):
+    found = probe.probe(package[0])
+    assert (found["ok"], found["problem"]) == (True, "")
+    code = (
+        "import sys; from slimline import language; from slimline.sampling import Sampling;"
+        "m = language.load(sys.argv[1], 1); m.generate(['the film'], Sampling.of({'max_tokens': 2})); m.logits([[3]]);"
+        "print(sorted({'torch', 'transformers', 'mlflow', 'onnx'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(package[0])], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_the_files_name_no_place_of_this_machine_and_are_the_same_twice(package, place, whole, documents):
+    folder, _ = package
+    for file in folder.iterdir():
+        assert str(place).encode() not in file.read_bytes() and b"site-packages" not in file.read_bytes(), file.name
+    assert not [file.name for file in folder.iterdir() if file.name.startswith(".")]
+    again, _ = export(whole, place / "again", data=documents)
+    assert artifact.read(again).digest == artifact.read(folder).digest
+
+
+def test_the_package_knows_its_context_and_its_ends(package):
+    values = json.loads((package[0] / language.GENAI).read_text())
+    assert values["model"]["context_length"] == values["search"]["max_length"] == 128
+    assert values["model"]["eos_token_id"] == 0
+    assert "quantization_config" not in json.loads((package[0] / "config.json").read_text())
+
+
+def test_a_matrix_in_another_place_is_noticed(whole, tmp_path, documents, monkeypatch):
+    """The built graph with two layers' matrices exchanged: their rows are not where they belong."""
+    real = genai.build
+
+    def exchanged(floats: Path, out: Path, config: genai.Config) -> None:
+        import onnx
+
+        real(floats, out, config)
+        model = onnx.load(str(out / "model.onnx"))
+        for node in model.graph.node:
+            if node.op_type == "MatMul" and "layers." in node.name:
+                one, other = ("0", "1") if "layers.0." in node.input[1] else ("1", "0")
+                node.input[1] = node.input[1].replace(f"layers.{one}.", f"layers.{other}.")
+        onnx.save(model, str(out / "model.onnx"))
+
+    monkeypatch.setattr(genai, "build", exchanged)
+    with pytest.raises(ModelError, match="not in the built graph"):
+        export(whole, tmp_path / "out", data=documents)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_a_family_that_the_builder_does_not_know_is_refused(kind, tmp_path, documents):
+    source = seal_decoder(make_decoder(kind, tmp_path / "model"))
+    with pytest.raises(ModelError, match=f"is a {kind} model, which ONNX Runtime GenAI's builder does not know"):
+        export(source, tmp_path / "out", data=documents)
+
+
+def test_half_precision_is_for_gpus(floats, tmp_path, documents):
+    with pytest.raises(ConfigError, match="float16 is for device cuda"):
+        export(floats, tmp_path / "out", data=documents, dtype="float16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("qwen2", {}), ("qwen3", {}), ("gemma", {}), ("gemma2", {"sliding_window": 16}),
+        ("mistral", {"sliding_window": 16}), ("phi", {"width": 128}),
+        ("phi3", {"original_max_position_embeddings": 128}), ("llama", {"tied": False}),
+    ],
+)  # fmt: skip
+def test_every_family_that_the_builder_knows_says_what_its_source_says(kind, more, tmp_path, documents):
+    source = seal_decoder(make_decoder(kind, tmp_path / "model", **more))
+    _, metrics = export(source, tmp_path / "out", data=documents, head_bits=8, kl=0.2)
+    assert metrics["parity_max_abs"] < 1e-3
