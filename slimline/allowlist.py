@@ -156,18 +156,6 @@ def _entry(file: Path, name: str, entry: Any, base: int) -> Tensor:
     return Tensor(file, dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
-def head(sizes: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """What a safetensors file begins with, for tensors of these (dtype, shape), which follow in this order."""
-    entries, at = {}, 0
-    for name, (dtype, shape) in sizes.items():
-        end = at + math.prod(shape) * WIDTHS[dtype]
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def chunks(tensor: Tensor) -> Iterator[bytes]:
     """The tensor's bytes, in pieces of bounded size."""
     with tensor.file.open("rb") as handle:
@@ -208,7 +196,8 @@ def _files(folder: Path) -> None:
 def _no_weights(folder: Path) -> ModelError:
     pickles = sorted(f.name for f in folder.rglob("*") if f.suffix.lower() in PICKLES)
     if not pickles:
-        return ModelError(f"{folder} has no {WEIGHTS}. Give the folder of a model saved as safetensors.")
+        how = "Bring its GGUF in with fetch.gguf" if any(folder.glob("*.gguf")) else "Give a folder with safetensors"
+        return ModelError(f"{folder} has no {WEIGHTS}. {how}.")
     return ModelError(
         f"{folder / pickles[0]} is a pickle, which can run code when it is opened. Convert it where that does no harm: "
         f"weights = torch.load({pickles[0]!r}, weights_only=True); "

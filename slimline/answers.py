@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import torch
 
-TOKENS_A_CHUNK = 8192
+TOKENS_A_CHUNK = 4096
 LEAST = -60.0
 """The logarithm of a mass that is as good as none: finite, so that it can be compared."""
 

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from slimline.errors import ModelError, StoreError
 
 MANIFEST = "manifest.json"
-MODEL_FORMATS = ("hf", "onnx", "genai", "tensorrt")
-Format = Literal["hf", "onnx", "genai", "tensorrt", "evaluation"]
+MODEL_FORMATS = ("hf", "onnx", "genai", "gguf", "tensorrt")
+Format = Literal["hf", "onnx", "genai", "gguf", "tensorrt", "evaluation"]
 
 
 class Frozen(BaseModel):
@@ -74,7 +74,7 @@ class Manifest(Frozen):
         return sum(f.size_bytes for name, f in self.files.items() if Path(name).suffix in WEIGHT_SUFFIXES)
 
 
-WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".data", ".engine")
+WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".data", ".engine", ".gguf")
 
 
 def digest(path: Path) -> str:

@@ -162,8 +162,11 @@ def _ratio(baseline: Sequence[Times], variant: Sequence[Times]) -> float:
     return float(np.median(np.concatenate(baseline)) / np.median(np.concatenate(variant)))
 
 
-def peak_memory_bytes(path: Path, batches: Sequence[Sequence[str]], threads: int) -> int:
-    """The most memory that a fresh process needs to load a model and answer these batches."""
+def peak_memory_bytes(path: Path, batches: Sequence[Sequence[Any]], threads: int) -> int:
+    """The most memory that a fresh process needs to load a model and answer these batches.
+
+    Batches are of texts or, for a language model, of lists of token ids, each behind which it writes some more.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "slimline.probe", str(path), str(threads)],
         input=json.dumps([list(batch) for batch in batches]),

@@ -235,18 +235,41 @@ def report(
 @app.command()
 def predict(
     ref: Annotated[str, typer.Argument(help="Ref of a model.")],
-    texts: Annotated[list[str], typer.Argument(help="Texts to label.")],
+    texts: Annotated[list[str], typer.Argument(help="Texts to label, or to go on from.")],
+    max_tokens: Annotated[int, typer.Option(help="Of a language model's answer, at most; 0 for 256.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 for the likeliest answer.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of a drawn answer.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="A text is what a user says.")] = False,
     json_: AsJson = False,
 ) -> None:
-    """Label texts with a stored model."""
-    from slimline import serve, store
+    """Label texts with a stored model, or let a language model write on."""
+    from slimline import artifact, decoder, serve, store
 
-    answers = serve.load(store.fetch(ref)).predict(texts)
+    path = store.fetch(ref)
+    if artifact.read(path).task == decoder.TASK:
+        _write_on(path, texts, {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}, chat, json_)
+        return
+    answers = serve.load(path).predict(texts)
     if json_:
         out.print_json(json.dumps(answers))
         return
     for text, answer in zip(texts, answers, strict=True):
         out.print(f"{escape(str(answer['label']))}  {answer['score']:.3f}  {escape(text)}", soft_wrap=True)
+
+
+def _write_on(path: Path, texts: list[str], settings: dict[str, Any], chat: bool, json_: bool) -> None:
+    """Print what a language model writes, while it writes."""
+    from slimline import language, sampling, serve
+
+    how, model = sampling.Sampling.of(settings), language.load(path)
+    prompts = [serve.prompt_of(text, chat) for text in texts]
+    if json_:
+        out.print_json(json.dumps([{"generated": text} for text in model.generate(prompts, how)]))
+        return
+    for prompt in prompts:
+        for piece in model.stream(prompt, how):
+            out.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        out.print()
 
 
 @app.command()

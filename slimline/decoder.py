@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimline import hf
+from slimline import activations, hf, window
 from slimline.errors import ModelError
 from slimline.shards import Weights
 
@@ -128,6 +128,8 @@ def context(values: dict[str, Any]) -> int:
 def load(folder: Path, dtype: str = "float32") -> torch.nn.Module:
     """A whole language model in evaluation mode on the best device, its packed matrices as floats.
 
+    Where its config.json asks for inputs of 8 bits, maps round what they are given, as a server will.
+
     Raises ModelError if weights are missing, left over or of another shape, or if the family is not known.
     """
     import torch
@@ -154,6 +156,8 @@ def load(folder: Path, dtype: str = "float32") -> torch.nn.Module:
         what = f"lacks {', '.join(lost[:3])}" if lost else f"holds {', '.join(extra[:3])}, which its family has not"
         raise ModelError(f"{folder} {what}. Is the checkpoint whole, and its config.json the one it came with?")
     model.tie_weights()
+    if settings := values.get("quantization_config"):
+        activations.install(model, weights, settings)
     whole: torch.nn.Module = model.eval().to(hf.device()).requires_grad_(False)
     return whole
 
@@ -172,6 +176,7 @@ def frame(folder: Path) -> Any:
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     _cut_to_shapes(model, Weights(folder), family(values, folder))
+    window.install(model, values)
     return model.eval()
 
 

@@ -11,7 +11,6 @@ Shapes: R = rows, C = columns, N = heads, H = width of a head.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -45,15 +44,8 @@ CAPS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
-IDS = {
-    "tokenizer.ggml.bos_token_id": "bos_token_id",
-    "tokenizer.ggml.eos_token_id": "eos_token_id",
-    "tokenizer.ggml.padding_token_id": "pad_token_id",
-}
+GELU = "gelu_pytorch_tanh"
 ROPE_FREQS = "rope_freqs.weight"
-SCALED_BY = {"gemma2": 46, "gemma3": 62}
-"""Layers of the one model of each kind whose attention llama.cpp divides by columns / heads."""
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True)
@@ -71,17 +63,18 @@ class Family:
     transposed: bool = False
     theta: float = 10_000.0
     """What rope.freq_base is where the file does not say."""
+    activation: str = "silu"
 
 
 FAMILIES = {
     "llama": Family("llama", DECODER, HEAD, interleaved=True),
     "qwen2": Family("qwen2", DECODER),
     "qwen3": Family("qwen3", DECODER, HEAD),
-    "gemma": Family("gemma", DECODER, HEAD, norms_plus=1.0),
-    "gemma2": Family("gemma2", DECODER, HEAD | SLIDING | CAPS, norms_plus=1.0),
-    "gemma3": Family("gemma3_text", DECODER, HEAD | SLIDING | CAPS, norms_plus=1.0, theta=1_000_000.0),
+    "gemma": Family("gemma", DECODER, HEAD, norms_plus=1.0, activation=GELU),
+    "gemma2": Family("gemma2", DECODER, HEAD | SLIDING | CAPS, norms_plus=1.0, activation=GELU),
+    "gemma3": Family("gemma3_text", DECODER, HEAD | SLIDING | CAPS, norms_plus=1.0, theta=1e6, activation=GELU),
     "phi3": Family("phi3", DECODER, {"rope.scaling.original_context_length": "original_max_position_embeddings"}),
-    "gpt2": Family("gpt2", GPT2, transposed=True),
+    "gpt2": Family("gpt2", GPT2, transposed=True, activation="gelu_new"),
 }
 ARCHITECTURES = {family.model_type: name for name, family in FAMILIES.items()} | {"mistral": "llama"}
 """Which architecture of llama.cpp runs a model type."""
@@ -101,85 +94,6 @@ def family_of(fields: dict[str, Any], where: str) -> tuple[str, Family]:
     if name not in FAMILIES:
         raise ModelError(f"{where} is of the architecture {name!r}. This version takes: {', '.join(FAMILIES)}.")
     return str(name), FAMILIES[str(name)]
-
-
-def settings(
-    fields: dict[str, Any], shapes: dict[str, tuple[int, ...]], freqs: Array | None, where: str
-) -> dict[str, Any]:
-    """config.json's values from a file's settings, the shapes of its tensors and its rope_freqs.weight, if any."""
-    architecture, family = family_of(fields, where)
-
-    def said(key: str) -> Any:
-        return fields.get(f"{architecture}.{key}")
-
-    values = _numbers(said, family, f"{where}: {architecture}", len(shapes))
-    if "token_embd.weight" not in shapes:
-        raise ModelError(f"{where} has no token_embd.weight. Give the first or only file of a whole model.")
-    values["vocab_size"] = shapes["token_embd.weight"][0]
-    values["tie_word_embeddings"] = "output.weight" not in shapes
-    values |= {name: fields.get(key) for key, name in IDS.items()}
-    if family.transposed:
-        return values
-    width = values["hidden_size"] // values["num_attention_heads"]
-    if HEAD.items() <= family.optional.items():
-        values.setdefault("head_dim", width)
-    if architecture == "llama":
-        values["attention_bias"] = "blk.0.attn_q.bias" in shapes
-        values["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
-    if architecture in SCALED_BY:
-        values["query_pre_attn_scalar"] = query_scalar(architecture, values)
-    return values | {"rope_parameters": _rope(said, family, values, freqs, where)}
-
-
-def _numbers(said: Callable[[str], Any], family: Family, where: str, num_tensors: int) -> dict[str, Any]:
-    values: dict[str, Any] = {"model_type": family.model_type}
-    for key, name in (family.keys | family.optional).items():
-        found = said(key)
-        if found is None and key == "attention.head_count_kv":
-            found = said("attention.head_count")
-        if found is None and key in family.optional:
-            continue
-        whole = type(found) is int and 0 < found < 2**31
-        if not whole and not (type(found) is float and 0 < found < math.inf):
-            if name != "sliding_window" or found != 0:  # none at all
-                raise ModelError(f"{where}.{key} is {found!r}, where a number is needed. Convert the model again.")
-            found = None
-        values[name] = found
-    if family.keys["block_count"] in values and values[family.keys["block_count"]] > num_tensors:
-        raise ModelError(f"{where}.block_count is {said('block_count')}, but there are {num_tensors} tensors.")
-    return values
-
-
-def query_scalar(architecture: str, values: dict[str, Any]) -> int:
-    """What gemma divides its attention by: the width of a head, but for the deepest model of each kind."""
-    if values["num_hidden_layers"] == SCALED_BY[architecture]:
-        return int(values["hidden_size"]) // int(values["num_attention_heads"])
-    return int(values["head_dim"])
-
-
-def _rope(
-    said: Callable[[str], Any], family: Family, values: dict[str, Any], freqs: Array | None, where: str
-) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(said("rope.freq_base") or family.theta)}
-    kind, factor = said("rope.scaling.type"), said("rope.scaling.factor")
-    if kind in ("linear", "yarn") and factor:
-        rope |= {"rope_type": kind, "factor": float(factor)}
-        if kind == "yarn":
-            rope["original_max_position_embeddings"] = said("rope.scaling.original_context_length")
-    elif kind not in (None, "none"):
-        raise ModelError(f"{where}: positions are scaled by {kind!r}, which is not read. Take one with linear or yarn.")
-    width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
-    if freqs is not None:
-        rope |= LLAMA3 | {"rope_type": "llama3", "factor": float(freqs.max())}
-        wanted = llama3_factors(rope, width)
-        if wanted.shape != freqs.shape or not np.allclose(wanted, freqs, rtol=1e-3):
-            raise ModelError(f"{where}: its {ROPE_FREQS} is not llama 3's. Bring it in from its own safetensors.")
-    if family.model_type == "phi3":
-        rope["partial_rotary_factor"] = (said("rope.dimension_count") or width) / width
-    if family.model_type == "gemma3_text":  # near and far layers turn at speeds of their own
-        near = {"rope_type": "default", "rope_theta": float(said("rope.freq_base_swa") or 10_000.0)}
-        return {"full_attention": rope, "sliding_attention": near}
-    return rope
 
 
 def places(values: dict[str, Any], where: str) -> list[Place]:
@@ -235,16 +149,6 @@ def turn(weight_RC: Array, heads: int, inner: int) -> Array:
     """The rows of every head, counted in another order: what was row a * (H / inner) + b becomes row b * inner + a."""
     parts = weight_RC.reshape(heads, inner, weight_RC.shape[0] // heads // inner, *weight_RC.shape[1:])
     return parts.swapaxes(1, 2).reshape(weight_RC.shape)
-
-
-def llama3_factors(rope: dict[str, Any], width: int) -> Array:
-    """By how much llama 3 slows each of a head's H / 2 turns: fast ones not at all, slow ones by `factor`."""
-    turns = 1.0 / (float(rope["rope_theta"]) ** (np.arange(0, width, 2, dtype=np.float64) / width))
-    waves = rope["original_max_position_embeddings"] / (2 * math.pi / turns)
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    between = 1 / ((1 - (waves - low) / (high - low)) / factor + (waves - low) / (high - low))
-    slowed: Array = np.where(waves > high, 1.0, np.where(waves < low, factor, between)).astype(np.float32)
-    return slowed
 
 
 def _heads(family: Family, place: Place, values: dict[str, Any]) -> int | None:

@@ -80,7 +80,7 @@ class LanguageModel(ABC):
         self.context = decoder.context(values)
         """Tokens that it can hold, prompt and answer together."""
         self.vocabulary = int(values["vocab_size"])
-        self.ends = _ends(path, values)
+        self.ends = ends(path)
         """Token ids that end an answer."""
 
     @abstractmethod
@@ -203,6 +203,49 @@ class TorchLanguageModel(LanguageModel):
         return logits_BTV, answer.past_key_values
 
 
+def device(package: Path) -> str:
+    """What a package of format genai is for: cpu or cuda."""
+    inside = json.loads((package / GENAI).read_text(encoding="utf-8"))["model"]["decoder"]["session_options"]
+    return "cuda" if any("cuda" in provider for provider in inside.get("provider_options", [])) else "cpu"
+
+
+class Graph:
+    """The graph of a package of format genai in plain ONNX Runtime, which gives the logits of all positions."""
+
+    def __init__(self, package: Path, threads: int | None = None, name: str = "model.onnx") -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 4
+        options.enable_mem_pattern = False  # it plans for one length, and every text has another
+        providers = ["CUDAExecutionProvider"] if device(package) == "cuda" else ["CPUExecutionProvider"]
+        values = json.loads((package / GENAI).read_text(encoding="utf-8"))
+        self.head_width = int(values["model"]["decoder"]["head_size"])
+        try:
+            self.session = onnxruntime.InferenceSession(str(package / name), options, providers=providers)
+        except Exception as error:  # ONNX Runtime has a dozen unrelated classes for this
+            raise ModelError(f"{package} does not load: {_line(error)}. Export it again.") from None
+
+    def logits(self, ids_BT: Any, past: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
+        """float32 [B, T, V] behind each token, and keys and values of all tokens so far, to go on with."""
+        ids_BT = np.asarray(ids_BT, dtype=np.int64)
+        before = next(iter(past.values())).shape[2] if past else 0
+        whole = before + ids_BT.shape[1]
+        given: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": np.ones((len(ids_BT), whole), dtype=np.int64)}
+        given["position_ids"] = np.broadcast_to(np.arange(before, whole), ids_BT.shape).copy()
+        for node in self.session.get_inputs():
+            if node.name not in given:
+                kind = np.float16 if "float16" in node.type else np.float32
+                none = np.zeros((len(ids_BT), node.shape[1], 0, self.head_width), dtype=kind)
+                given[node.name] = past[node.name] if past else none
+        names = [node.name for node in self.session.get_outputs()]
+        inputs = {node.name: given[node.name] for node in self.session.get_inputs()}
+        found = dict(zip(names, self.session.run(names, inputs)))
+        logits_BTV = np.asarray(found.pop("logits"), dtype=np.float32)
+        return logits_BTV, {name.replace("present", "past_key_values"): value for name, value in found.items()}
+
+
 class GenaiLanguageModel(LanguageModel):
     """A model of format genai: ONNX Runtime GenAI goes on with texts, ONNX Runtime gives the logits of all positions.
 
@@ -214,11 +257,7 @@ class GenaiLanguageModel(LanguageModel):
         import onnxruntime_genai
 
         self.threads = threads
-        inside = json.loads((path / GENAI).read_text(encoding="utf-8"))["model"]["decoder"]
-        self.head_width = int(inside["head_size"])
-        self.cuda = any("cuda" in provider for provider in inside["session_options"].get("provider_options", []))
-        where = "cuda" if self.cuda else "cpu"
-        self.runtime = f"ONNX Runtime GenAI {onnxruntime_genai.__version__} ({where})"
+        self.runtime = f"ONNX Runtime GenAI {onnxruntime_genai.__version__} ({device(path)})"
 
     @cached_property
     def model(self) -> Any:
@@ -234,30 +273,12 @@ class GenaiLanguageModel(LanguageModel):
             raise ModelError(f"{self.folder} does not load: {_line(error)}. Export it again.") from None
 
     @cached_property
-    def session(self) -> Any:
-        """The graph in ONNX Runtime."""
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads or 0
-        options.log_severity_level = 3
-        options.enable_mem_pattern = False  # every length has another
-        providers = ["CUDAExecutionProvider"] if self.cuda else ["CPUExecutionProvider"]
-        try:
-            return onnxruntime.InferenceSession(str(self.folder / "model.onnx"), options, providers=providers)
-        except Exception as error:
-            raise ModelError(f"{self.folder} does not load: {_line(error)}. Export it again.") from None
+    def graph(self) -> Graph:
+        """The package's graph in ONNX Runtime."""
+        return Graph(self.folder, self.threads)
 
     def logits(self, ids_BT: Any) -> Floats:
-        ids_BT = np.asarray(ids_BT, dtype=np.int64)
-        inputs: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": np.ones_like(ids_BT)}
-        for node in self.session.get_inputs():
-            if node.name == "position_ids":
-                inputs["position_ids"] = np.broadcast_to(np.arange(ids_BT.shape[1]), ids_BT.shape).copy()
-            elif node.name not in inputs:  # the past, of which there is none
-                kind = np.float16 if "float16" in node.type else np.float32
-                inputs[node.name] = np.zeros((len(ids_BT), node.shape[1], 0, self.head_width), dtype=kind)
-        return np.asarray(self.session.run(["logits"], inputs)[0], dtype=np.float32)
+        return self.graph.logits(ids_BT)[0]
 
     def _begin(self, ids_BT: Tokens, limit: int) -> tuple[Floats, Any]:
         import onnxruntime_genai
@@ -292,12 +313,12 @@ def _line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")[:300]
 
 
-def _ends(folder: Path, values: dict[str, Any]) -> frozenset[int]:
+def ends(folder: Path) -> frozenset[int]:
     """Every token that config.json and generation_config.json call an end."""
     file = folder / "generation_config.json"
     more = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     found: set[int] = set()
-    for ids in (values.get("eos_token_id"), more.get("eos_token_id")):
+    for ids in (hf.read_config(folder).get("eos_token_id"), more.get("eos_token_id")):
         found |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
     return frozenset(int(number) for number in found)
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ from slimline.technique import track
 if TYPE_CHECKING:
     import torch
 
-    Measure = Callable[[torch.Tensor], torch.Tensor]
+    Measure = Callable[..., torch.Tensor]
     """(inputs [tokens, I] of one batch, float32) -> a new tensor of a fixed shape that can be summed over batches."""
     Change = Callable[[str, torch.Tensor], torch.Tensor | dict[str, torch.Tensor]]
     """(name, tensor) -> the tensor to store in its place, or several by name, for what lies around the layers."""
@@ -60,6 +60,8 @@ class Layer:
     devices: Sequence[str]
     target_NTW: torch.Tensor | None = None
     """With `original`, or in `look`: what the source's own layer makes of what entered it in the source."""
+    source_NTW: torch.Tensor | None = None
+    """With `original`: what entered the layer in the source."""
     stored: dict[str, torch.Tensor] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
     """What is to be summed over all layers, such as a squared error."""
@@ -89,29 +91,31 @@ class Layer:
         return [slice(at, at + size) for at in range(0, windows, size)]
 
     def measure(
-        self, names: Sequence[str], measure: Measure, combine: Callable[[Any, Any], Any] | None = None
+        self,
+        names: Sequence[str],
+        measure: Measure,
+        combine: Callable[[Any, Any], Any] | None = None,
+        beside: Any = None,
     ) -> dict[str, torch.Tensor]:
-        """What `measure` says of each map's inputs, summed (or combined) over all calibration text."""
-        import torch
+        """What `measure` says of each map's inputs, summed (or combined) over all calibration text.
 
+        With `beside`, a copy of the source's layer, it is also told what enters the map there, row for row, when the
+        source's own inputs (`source_NTW`) go through it.
+        """
         combine = combine or (lambda total, value: total.add_(value))  # in place: a Hessian can be gigabytes
         found: dict[str, torch.Tensor] = {}
 
         def part(module: Any, batches: Sequence[slice]) -> dict[str, torch.Tensor]:
             own: dict[str, torch.Tensor] = {}
-
-            def listener(name: str) -> Callable[[Any, Any], None]:
-                def hear(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-                    value = measure(inputs[0].detach().flatten(0, -2).float())
+            other = None if beside is None else self._on_device_of(module, beside)
+            for rows in batches:
+                heard = self.hear(names, self.hidden_NTW[rows], module)
+                there = {}
+                if other is not None and self.source_NTW is not None:
+                    there = self.hear(names, self.source_NTW[rows], other)
+                for name, inputs in heard.items():
+                    value = measure(inputs, there[name]) if there else measure(inputs)
                     own[name] = value if name not in own else combine(own[name], value)
-
-                return hear
-
-            with torch.no_grad(), ExitStack() as stack:
-                for name in names:
-                    stack.callback(module.get_submodule(name).register_forward_pre_hook(listener(name)).remove)
-                for rows in batches:
-                    self.forward(self.hidden_NTW[rows], module)
             return own
 
         for own in self._spread(part):
@@ -119,6 +123,32 @@ class Layer:
                 here = value.to(self.devices[0])
                 found[name] = here if name not in found else combine(found[name], here)
         return found
+
+    def hear(self, names: Sequence[str], hidden_BTW: torch.Tensor, module: Any = None) -> dict[str, torch.Tensor]:
+        """[tokens, I] float32: what enters each of these maps. The layer runs no further than the last of them."""
+        import torch
+
+        module = self.module if module is None else module
+        heard: dict[str, torch.Tensor] = {}
+
+        def listener(name: str) -> Callable[[Any, Any], None]:
+            def hear(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+                heard[name] = inputs[0].detach().flatten(0, -2).float()
+                if len(heard) == len(names):
+                    raise _HeardAll
+
+            return hear
+
+        with torch.no_grad(), ExitStack() as stack:
+            for name in names:
+                stack.callback(module.get_submodule(name).register_forward_pre_hook(listener(name)).remove)
+            stack.enter_context(suppress(_HeardAll))
+            self.forward(hidden_BTW, module)
+        return heard
+
+    def _on_device_of(self, module: Any, other: Any) -> Any:
+        device = next(module.parameters()).device
+        return other if next(other.parameters()).device == device else copy.deepcopy(other).to(device)
 
     def outputs(self, inputs_NTW: torch.Tensor | None = None, into: torch.Tensor | None = None) -> torch.Tensor:
         """[N, T, W]: what the layer, as it is now, makes of its inputs (or others). `into` may be those inputs."""
@@ -160,6 +190,10 @@ class Layer:
         self.stored = {k: v.detach() for k, v in state.items()}
 
 
+class _HeardAll(Exception):
+    """Every map that was listened to has been entered."""
+
+
 @dataclass
 class Call:
     """What a layer is called with beside its inputs: masks and positions, as its family makes them."""
@@ -182,8 +216,8 @@ def walk(
     """Every layer in turn, filled. After each, what it stored is written; at the end the rest of the model is, too.
 
     `tokens_NT`, int64 [N, T], is calibration text; without it layers have no inputs and are not run. `original` runs
-    the source's own layers beside the changed ones (see Layer.target_NTW), for twice the memory of inputs. What is
-    stored as floats goes back to the type it came in, or to `dtype`, and the next layers see it rounded to that.
+    the source's own layers beside the changed ones (see Layer.target_NTW), for three times the memory of inputs. What
+    is stored as floats goes back to the type it came in, or to `dtype`, and the next layers see it rounded to that.
     `totals` gets the sums of all layers' `numbers`. config.json is left to the caller.
     """
     values = hf.read_config(source)
@@ -200,7 +234,8 @@ def walk(
         if original_NTW is not None or i >= done:
             types = _fill(layer, weights)
         if original_NTW is not None:
-            layer.target_NTW = original_NTW = layer.outputs(original_NTW, into=original_NTW)
+            layer.source_NTW, layer.target_NTW = original_NTW, layer.outputs(original_NTW)
+            original_NTW = layer.target_NTW
         if i < done:
             layer.numbers = writer.numbers(i)
             if tokens_NT is not None:

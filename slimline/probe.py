@@ -1,8 +1,10 @@
 """The mechanical blessing: do these bytes load in a fresh process and answer the shortest and oddest texts?
 
-Answers must be finite, one number a label, the same when asked again, and the same in a batch as alone. Run
-through `python -m slimline.serve FOLDER`. `python -m slimline.probe FOLDER THREADS` reads batches of texts as
-JSON, answers them, and prints the most memory that this took.
+Answers must be finite, one number a label, the same when asked again, and the same in a batch as alone. Of a language
+model, what may follow must be finite after every token, the same when asked again, in a batch as alone and read at once
+as token by token, and an answer must end. Run through `python -m slimline.serve FOLDER`.
+`python -m slimline.probe FOLDER THREADS` reads batches of texts as JSON, answers them, and prints the most memory that
+this took.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from slimline import artifact, serve
+from slimline import artifact, decoder, language, serve
 from slimline.errors import SlimlineError
+from slimline.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,16 @@ def probe(path: Path) -> dict[str, Any]:
         manifest = artifact.verify(path)
         found = Finding(ok=False, problem="", digest=manifest.digest)
         start = time.perf_counter()
-        predictor = serve.load(path)
+        model: language.LanguageModel | serve.Predictor
+        writes = manifest.task == decoder.TASK
+        model = language.load(path) if writes else serve.load(path)
+        if isinstance(model, language.LanguageModel):
+            model.prefill([model.encode(ODD[0])], 1)  # a package opens when it is first asked
         seconds = time.perf_counter() - start
-        problem = next(problems(predictor), "")
+        found_problems = writing_problems(model) if isinstance(model, language.LanguageModel) else problems(model)
+        problem = next(found_problems, "")
         peak = peak_memory_bytes()
-        found = Finding(not problem, problem, predictor.runtime, seconds, peak, manifest.digest)
+        found = Finding(not problem, problem, model.runtime, seconds, peak, manifest.digest)
     except SlimlineError as error:
         found = Finding(ok=False, problem=str(error), digest=found.digest)
     except Exception as error:  # whatever a broken model makes a runtime raise is the finding, not a crash
@@ -94,6 +102,38 @@ def problems(predictor: serve.Predictor, tolerance: float = TOLERANCE) -> Iterat
         )
 
 
+LONG_TOKENS = 512
+"""How much of a long text a language model is asked about."""
+
+
+def writing_problems(model: language.LanguageModel, tolerance: float = TOLERANCE) -> Iterator[str]:
+    """What is wrong with a language model's answers, one sentence each; nothing if all is well."""
+    for text in ODD:
+        ids = model.encode(text)[: min(LONG_TOKENS, model.context - 8)]
+        first = model.logits([ids])
+        if first.shape != (1, len(ids), model.vocabulary) or not np.isfinite(first).all():
+            yield f"after the text {text[:20]!r} come {first.shape} logits, or some that are not finite."
+            return
+        if not np.array_equal(first, model.logits([ids])):
+            yield f"the text {text[:20]!r} was read twice, and answered differently."
+        alone = serve.softmax(first[0, -1:])
+        read = {
+            "in a batch": model.logits([ids, ids[::-1]])[0, -1:],
+            "for an answer": model.prefill([ids], 2).logits_BV,
+        }
+        if len(ids) > 1:
+            read["token by token"] = model.step(model.prefill([ids[:-1]], 2), ids[-1]).logits_BV
+        for how, logits_BV in read.items():
+            if not (moved := float(np.abs(serve.softmax(logits_BV) - alone).max())) <= tolerance:
+                yield f"the text {text[:20]!r} is answered differently {how}: a probability moves by {moved:.3f}."
+    few = Sampling.of({"max_tokens": 8})
+    said = model.generate([ODD[0], ""], few)
+    if said != model.generate([ODD[0], ""], few):
+        yield "the same prompt was answered twice, and differently."
+    if "".join(model.stream(ODD[0], few)) != said[0]:
+        yield "an answer is another when it is streamed."
+
+
 def peak_memory_bytes() -> int:
     """The most memory this program held.
 
@@ -108,12 +148,26 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+DECODED = 32
+"""Tokens that a language model adds to a prompt while its memory is measured."""
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Answer the batches on standard input and print the peak of memory. Returns the exit code."""
+    """Answer the batches on standard input and print the peak of memory. Returns the exit code.
+
+    A batch is texts or, for a language model, the token ids of prompts of one length, which it goes on with.
+    """
     path, threads = arguments
-    predictor = serve.load(Path(path), int(threads))
-    for texts in json.load(sys.stdin):
-        predictor.predict(texts)
+    if artifact.read(Path(path)).task == decoder.TASK:
+        model = language.load(Path(path), int(threads))
+        for ids_BT in json.load(sys.stdin):
+            state = model.prefill(ids_BT, DECODED)
+            for _ in range(DECODED):
+                state = model.step(state)
+    else:
+        predictor = serve.load(Path(path), int(threads))
+        for texts in json.load(sys.stdin):
+            predictor.predict(texts)
     sys.stdout.write(f"{peak_memory_bytes()}\n")
     return 0
 

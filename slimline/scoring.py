@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from slimline import data, language
+from slimline import data, sampling
 from slimline.data import SplitName
 from slimline.errors import ConfigError, DataError, ModelError
 from slimline.language import LanguageModel, Tokenizer
@@ -141,9 +141,9 @@ def check(model: LanguageModel, where: str | Path, config: ScoringConfig) -> Non
         )
 
 
-def logits(model: LanguageModel, window: Window) -> language.Floats:
+def logits(model: LanguageModel, window: Window) -> sampling.Floats:
     """[S, V]: what the model says of each token that is scored here."""
-    answer_SV: language.Floats = model.logits(window.ids_T[None])[0][window.at_S]
+    answer_SV: sampling.Floats = model.logits(window.ids_T[None])[0][window.at_S]
     return answer_SV
 
 

@@ -2,6 +2,7 @@
 
     load("folder").predict(["a fine film"])  ->  [{"label": "positive", "score": 0.98}]
 
+A language model writes on: text in, text out (see language.py; MLflow's inference parameters are those of sampling.py).
 A folder of format hf runs in PyTorch, one of format onnx in ONNX Runtime, each on the best device there is, and one
 of format tensorrt on the GPU it was built for, or not at all (see engine.py); `runtime` says which it was. Neither
 of the latter two imports torch or transformers. MLflow finds `_load_pyfunc` here. `python -m
@@ -17,15 +18,16 @@ from __future__ import annotations
 import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimline import artifact, engine, hf
+from slimline import artifact, decoder, engine, hf, language
 from slimline.artifact import Manifest
 from slimline.errors import DataError, ModelError
+from slimline.sampling import Sampling
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -168,6 +170,8 @@ def load(path: Path, threads: int | None = None) -> Predictor:
     manifest = artifact.read(path)
     if manifest.format == "evaluation":
         raise ModelError(f"{path} is an evaluation, which gives no answers. Name an hf, onnx or tensorrt model.")
+    if manifest.task == decoder.TASK:
+        raise ModelError(f"{path} is a language model, which has no labels to give. Ask it for text.")
     if not manifest.labels:
         raise ModelError(f"{path} has no labels, so no head for a task. Fit it with train.finetune first.")
     if manifest.format == "tensorrt":
@@ -206,12 +210,7 @@ def _clean(texts: Sequence[str]) -> list[str]:
     for at, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"item {at} is {text!r} ({type(text).__name__}), not text. Send strings only.")
-    return [text if text.isascii() else _whole(text) for text in texts]
-
-
-def _whole(text: str) -> str:
-    """The text with lone surrogates (half characters, which JSON can carry) replaced for the tokenizer."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return [language.whole(text) for text in texts]
 
 
 class _Served:
@@ -227,13 +226,69 @@ class _Served:
         return pd.DataFrame(answers, columns=["label", "score"]).astype({"score": "float64"})
 
 
-def _load_pyfunc(data_path: str) -> _Served:
-    return _Served(load(Path(data_path)))
+class _Writing:
+    """What MLflow calls for a language model: rows of text in, a table of what follows out."""
+
+    def __init__(self, model: language.LanguageModel) -> None:
+        self.model = model
+
+    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        import pandas as pd
+
+        chat, sampling = _asked(params)
+        prompts = [prompt_of(text, chat) for text in _rows(model_input)]
+        return pd.DataFrame({"generated": self.model.generate(prompts, sampling)}, dtype="object")
+
+    def predict_stream(self, model_input: Any, params: dict[str, Any] | None = None) -> Iterator[str]:
+        chat, sampling = _asked(params)
+        texts = _rows(model_input)
+        if len(texts) != 1:
+            raise DataError(f"{len(texts)} texts were sent, but a stream answers one. Send them one by one.")
+        return self.model.stream(prompt_of(texts[0], chat), sampling)
+
+
+def prompt_of(text: Any, chat: bool) -> language.Prompt:
+    """A row as a prompt: the text itself, or for a chat what the user says, or the messages so far as JSON."""
+    if not isinstance(text, str):
+        raise DataError(f"{text!r} ({type(text).__name__}) was sent, not text. Send strings only.")
+    if not chat:
+        return text
+    if text.lstrip().startswith("[{"):
+        try:
+            messages: list[dict[str, Any]] = json.loads(text)
+        except ValueError:
+            return [{"role": "user", "content": text}]
+        return messages
+    return [{"role": "user", "content": text}]
+
+
+def _asked(params: dict[str, Any] | None) -> tuple[bool, Sampling]:
+    """Whether to chat, and how to answer, from MLflow's inference parameters."""
+    given = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in (params or {}).items()}
+    return bool(given.pop("chat", False)), Sampling.of(given)
+
+
+def _load_pyfunc(data_path: str) -> _Served | _Writing:
+    path = Path(data_path)
+    if artifact.read(path).task == decoder.TASK:
+        return _Writing(language.load(path))
+    return _Served(load(path))
 
 
 def schema() -> dict[str, dict[str, str]]:
     """The one signature of every model: columns in, columns out, with MLflow's names of their types."""
     return {"inputs": {"text": "string"}, "outputs": {"label": "string", "score": "double"}}
+
+
+PARAMETERS: dict[str, tuple[str, Any]] = {
+    "max_tokens": ("long", 0),
+    "temperature": ("double", 0.0),
+    "top_p": ("double", 1.0),
+    "seed": ("long", 0),
+    "stop": ("string", []),
+    "chat": ("boolean", False),
+}
+"""Inference parameters of a language model, with MLflow's names of their types and what they are if nothing is said."""
 
 
 def _rows(given: Any) -> list[Any]:

@@ -43,10 +43,10 @@ class Sheets:
     def __len__(self) -> int:
         return len(self.ids_NT)
 
-    def first(self, tokens: int) -> Sheets:
-        """So many tokens of them, in whole sheets, at least one."""
-        number = max(1, tokens // self.ids_NT.shape[1])
-        return Sheets(self.ids_NT[:number], self.positions_NT[:number], self.counted_NT[:number])
+    def some(self, number: int, seed: int = 0) -> Sheets:
+        """So many of them, drawn by seed, or all; in the same order."""
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:number])
+        return Sheets(self.ids_NT[chosen], self.positions_NT[chosen], self.counted_NT[chosen])
 
 
 def read(path: Path, split: str, tokenizer: language.Tokenizer) -> list[Document]:

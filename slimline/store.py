@@ -51,9 +51,9 @@ from mlflow.entities import (
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
-from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-from slimline import __version__, artifact
+from slimline import __version__, artifact, serve
 from slimline.artifact import Manifest
 from slimline.errors import ConfigError, StoreError
 
@@ -295,7 +295,8 @@ def save(run_id: str, path: Path, manifest: Manifest) -> str:
                     path=str(folder),
                     loader_module="slimline.serve",
                     data_path=str(path),
-                    signature=SIGNATURE,
+                    signature=signature(manifest.task),
+                    streamable=manifest.task == "text-generation",
                     pip_requirements=[f"slimline=={__version__}"],
                     mlflow_model=Model(artifact_path=model.artifact_location, run_id=run_id, model_id=model.model_id),
                 )
@@ -309,10 +310,14 @@ def save(run_id: str, path: Path, manifest: Manifest) -> str:
         return f"runs:/{run_id}/model"
 
 
-SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.string)]),  # without a name, so that a plain list of texts is taken too
-    outputs=Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "score")]),
-)
+def signature(task: str) -> ModelSignature:
+    """What a model takes and gives, as MLflow checks it: text in; label and score, or text, out."""
+    text = Schema([ColSpec(DataType.string)])  # without a name, so that a plain list of texts is taken too
+    if task == "text-generation":
+        known = serve.PARAMETERS.items()
+        params = [ParamSpec(name, kind, value, (-1,) if value == [] else None) for name, (kind, value) in known]
+        return ModelSignature(text, Schema([ColSpec(DataType.string, "generated")]), ParamSchema(params))
+    return ModelSignature(text, Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "score")]))
 
 
 def _upload(folder: Path, put: Any, sub: str, inner: Path | None = None) -> None:

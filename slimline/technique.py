@@ -3,7 +3,7 @@
 A technique is a module with four names:
 
     NEEDS   the format of the model it takes: "hf", "onnx", "path" (a folder from outside) or "any"
-    GIVES   the format of what it leaves in `out`: "hf", "onnx", "tensorrt" or "evaluation"
+    GIVES   the format of what it leaves in `out`: "hf", "onnx", "genai", "gguf", "tensorrt" or "evaluation"
     Config  its options: a BaseConfig, every field with bound, unit and meaning
     run     (source: Path, out: Path, config: Config) -> Metrics; reads source, writes out, touches nothing else
 
@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slimline.errors import ConfigError
 
-STAGES = ("fetch", "train", "distill", "prune", "quantize", "export", "evaluate")
+STAGES = ("fetch", "train", "distill", "prune", "attention", "quantize", "export", "evaluate")
 
 Metrics = dict[str, float]
 Item = TypeVar("Item")

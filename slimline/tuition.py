@@ -188,7 +188,7 @@ def measured(plan: Tuition, tokenizer: language.Tokenizer, length: int) -> Sheet
     if not plan.validation_tokens:
         return None
     whole = sheets.lay(sheets.read(Path(plan.data), "validation", tokenizer), length, tokenizer.eos or 0)
-    return whole.first(plan.validation_tokens)
+    return whole.some(max(1, plan.validation_tokens // length))
 
 
 def same_vocabulary(source: Path, teacher: Path) -> None:
@@ -231,6 +231,12 @@ def rate(step: int, steps: int, plan: Tuition) -> float:
     return plan.learning_rate * falls[plan.decay]
 
 
+def extent(plan: Tuition, number: int, length: int) -> tuple[int, int]:
+    """(rows of a step, steps) to learn from so many rows of that length."""
+    size = max(1, plan.batch_tokens // length)
+    return size, plan.steps or math.ceil(plan.epochs * number / size)
+
+
 def rows_of(step: int, size: int, number: int, seed: int) -> list[int]:
     """The rows that a step reads: every epoch is shuffled anew, and a batch may reach over into the next."""
     places = range(step * size, (step + 1) * size)
@@ -248,8 +254,7 @@ def fit(model: Any, course: Course, plan: Tuition, validation: Sheets | None, fo
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     accelerator, cast = _accelerator(), casting(plan)
-    size = max(1, plan.batch_tokens // course.length)
-    steps = plan.steps or math.ceil(plan.epochs * len(course) / size)
+    size, steps = extent(plan, len(course), course.length)
     learned = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in learned if p.ndim > 1], "weight_decay": plan.weight_decay},

@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from slimline import artifact, technique
+from slimline import artifact, technique, variants
 from slimline.errors import ConfigError, DataError, ModelError
 from slimline.evaluate import classification, latency
 from tests import words
@@ -188,9 +188,9 @@ def test_texts_are_drawn_by_seed_and_all_are_used_before_one_is_used_again():
 
 
 def test_names_are_told_apart_when_two_models_were_made_alike():
-    variants = [{"name": "heads · hf", "digest": "aaaaaaaa"}, {"name": "heads · hf", "digest": "bbbbbbbb"}]
-    latency._name_apart(variants)
-    assert [v["name"] for v in variants] == ["heads · hf · aaaaaa", "heads · hf · bbbbbb"]
+    named = [{"name": "heads · hf", "digest": "aaaaaaaa"}, {"name": "heads · hf", "digest": "bbbbbbbb"}]
+    variants.name_apart(named)
+    assert [v["name"] for v in named] == ["heads · hf · aaaaaa", "heads · hf · bbbbbb"]
 
 
 def test_fewer_queries_than_a_p99_needs_are_refused():

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from slimline import artifact, gguf_families, gguf_header, step
+from slimline import artifact, gguf_header, gguf_settings, step
 from slimline.errors import ModelError
 from slimline.fetch import gguf as fetch
 from tests import ggufs
@@ -110,7 +110,7 @@ def test_llama_3s_slowed_turns_become_its_settings(tmp_path):
     config = ggufs.make_model(head_dim=64, rope_parameters=rope).config
     slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
     plain = 1.0 / 500_000.0 ** (torch.arange(0, 64, 2) / 64)
-    np.testing.assert_allclose(gguf_families.llama3_factors(rope, 64), plain / slowed, rtol=1e-5)
+    np.testing.assert_allclose(gguf_settings.llama3_factors(rope, 64), plain / slowed, rtol=1e-5)
 
 
 def test_a_large_tensor_is_read_a_few_rows_at_a_time(tmp_path):

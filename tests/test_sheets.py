@@ -29,6 +29,13 @@ def test_each_document_goes_where_it_leaves_least_room():
     assert [sorted(set(row)) for row in laid.ids_NT.tolist()] == [[2, 3], [1, 4]]
 
 
+def test_some_sheets_are_drawn_by_seed_and_stay_in_order():
+    laid = sheets.lay([Document([i, i]) for i in range(1, 21)], 2)
+    drawn = laid.some(5, seed=1).ids_NT[:, 0].tolist()
+    assert drawn == sorted(drawn) and len(set(drawn)) == 5 and drawn != laid.some(5, seed=2).ids_NT[:, 0].tolist()
+    assert laid.some(99).ids_NT.tolist() == laid.ids_NT.tolist()
+
+
 def test_long_documents_are_cut_and_no_token_is_lost():
     draw = np.random.default_rng(0)
     documents = [Document(list(range(100 * i, 100 * i + int(draw.integers(2, 50))))) for i in range(1, 40)]

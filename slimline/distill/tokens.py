@@ -51,6 +51,8 @@ def work(source: Path, out: Path, config: Config) -> Metrics:
     tuition.same_vocabulary(source, teacher)
     student, tokenizer = tuition.student(source), language.Tokenizer(source)
     text = sheets.lay(sheets.read(Path(config.data), "train", tokenizer), config.length, tokenizer.eos or 0)
+    size, steps = tuition.extent(config, len(text), config.length)
+    text = text.some(size * steps, config.seed)  # the teacher is not asked about what will not be read
     validation = tuition.measured(config, tokenizer, config.length)
     cast = tuition.casting(config)
     answered = answers.ask(

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import Field
 
 from slimline import artifact, bench, data, serve
-from slimline.artifact import Manifest
 from slimline.data import SplitName
 from slimline.technique import BaseConfig, Metrics, Stored, track
+from slimline.variants import describe, distinct, name_apart
 
 NEEDS = "any"
 GIVES = "evaluation"
@@ -74,7 +73,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
                 "peak_memory_bytes": bench.peak_memory_bytes(path, batches[:MEMORY_BATCHES], config.threads),
             }
         )
-    _name_apart(variants)
+    name_apart(variants)
     measured = {
         "queries": config.queries,
         "batch_size": config.batch_size,
@@ -91,14 +90,6 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
 def asking(predictor: serve.Predictor, questions: list[list[str]]) -> bench.Call:
     """A call that answers question number i."""
     return lambda i: predictor.predict(questions[i])
-
-
-def distinct(paths: list[Path]) -> dict[str, Path]:
-    """The folders by digest, in order, each once: a stage that was passed over gives its source again."""
-    found: dict[str, Path] = {}
-    for path in paths:
-        found.setdefault(artifact.read(path).digest, path)
-    return found
 
 
 def draw(texts: list[str], config: Config) -> list[str]:
@@ -127,24 +118,3 @@ def times(
         **dict(zip(("speedup", "speedup_low", "speedup_high"), ratio)),
         **dict(zip(("batch_speedup", "batch_speedup_low", "batch_speedup_high"), batch_ratio)),
     }
-
-
-def describe(manifest: Manifest, runtime: str) -> dict[str, Any]:
-    """What a variant is, and its sizes. Its name: the last technique that changed it, and its format."""
-    methods = [s.technique.split(".") for s in manifest.history]
-    changed = [method for stage, method in methods if stage not in ("fetch", "export")]
-    return {
-        "name": f"{changed[-1] if changed else 'base'} · {manifest.format}",
-        "digest": manifest.digest,
-        "format": manifest.format,
-        "runtime": runtime,
-        "size_bytes": manifest.size_bytes,
-        "weights_bytes": manifest.weights_bytes,
-    }
-
-
-def _name_apart(variants: list[dict[str, Any]]) -> None:
-    names = [variant["name"] for variant in variants]
-    for variant in variants:
-        if names.count(variant["name"]) > 1:
-            variant["name"] += f" · {variant['digest'][:6]}"

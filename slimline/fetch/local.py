@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from slimline import allowlist
+from slimline import allowlist, streaming
 from slimline.decoder import FAMILIES
 from slimline.errors import ConfigError, ModelError
 from slimline.technique import BaseConfig, Metrics, track
@@ -62,7 +62,7 @@ def merge(found: dict[str, allowlist.Tensor], out: Path) -> None:
     # Widest elements first, as the format's own writer does: every tensor then starts at a multiple of its width.
     names = sorted(found, key=lambda name: (-allowlist.WIDTHS[found[name].dtype], name))
     with out.open("wb") as handle:
-        handle.write(allowlist.head({name: (found[name].dtype, found[name].shape) for name in names}))
+        handle.write(streaming.head({name: (found[name].dtype, found[name].shape) for name in names}))
         for name in track(names, "merging shards"):
             for piece in allowlist.chunks(found[name]):
                 handle.write(piece)

@@ -121,7 +121,7 @@ def choose(seen: Seen, number: int, how: Literal["each", "run"]) -> list[int]:
 def write(source: Path, out: Path, stay: list[int]) -> None:
     """Write the model with these layers alone, numbered anew; every tensor is what it was."""
     values = hf.read_config(source)
-    kind, weights, writer = decoder.family(values, source), Weights(source), Writer(out)
+    kind, weights, writer = decoder.family(values, source), Weights(source), Writer(out, len(stay) + 1)
     names = weights.stored()
     for new, old in enumerate(stay):
         inside = [name for name in names if name.startswith(f"{kind.layers}.{old}.")]

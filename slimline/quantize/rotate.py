@@ -127,13 +127,14 @@ def turn_values(layer: Layer, turned_DD: torch.Tensor) -> None:
     """Turn every head of values, and the columns that read it: the same way for all, so that queries may share."""
     value = equivalent.values(layer)
     weight_RI, bias_O = layer.weight(layer.kind.value)[value.rows], layer.map(layer.kind.value).bias
-    heads_GDI = weight_RI.double().unflatten(0, (value.groups, value.width))
+    heads_GDI = weight_RI.double().reshape(value.groups, value.width, -1)
     weight_RI.copy_((turned_DD.T @ heads_GDI).flatten(0, 1))
     if bias_O is not None:
-        heads_GD = bias_O.data[value.rows].double().unflatten(0, (value.groups, value.width))
+        heads_GD = bias_O.data[value.rows].double().reshape(value.groups, value.width)
         bias_O.data[value.rows] = (heads_GD @ turned_DD).flatten().to(bias_O.dtype)
     mixed_OI = layer.weight(layer.kind.mixed)
-    mixed_OI.copy_((mixed_OI.double().unflatten(1, (value.heads, value.width)) @ turned_DD).flatten(1))
+    heads_OHD = mixed_OI.double().reshape(-1, value.heads, value.width)
+    mixed_OI.copy_((heads_OHD @ turned_DD).flatten(1))
 
 
 def turn_around(

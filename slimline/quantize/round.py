@@ -169,7 +169,9 @@ def rounding() -> type[Any]:
 
         def forward(self, weight: torch.Tensor) -> torch.Tensor:
             scale_OG, zero_OG = self.ranges()
-            rounded_OGC = Snap.apply(self.weight_OGC, self.offset_OGC, scale_OG, zero_OG, self.lowest, self.highest)
+            rounded_OGC: torch.Tensor = Snap.apply(  # type: ignore[no-untyped-call]
+                self.weight_OGC, self.offset_OGC, scale_OG, zero_OG, self.lowest, self.highest
+            )
             matrix_OI = rounded_OGC.flatten(1)
             return matrix_OI.T if self.transposed else matrix_OI
 
@@ -223,11 +225,11 @@ def _numbers(weight_OGC: torch.Tensor, offset_OGC: torch.Tensor, scale_OG: torch
 
 def _cut(whole_OGC: torch.Tensor, zero_OG: torch.Tensor | None, lowest: int, highest: int) -> torch.Tensor:
     """Whole numbers, still without their zero point, within what the grid holds."""
-    import torch
-
     if zero_OG is None:
         return whole_OGC.clamp(lowest, highest)
-    return torch.minimum(torch.maximum(whole_OGC, (lowest - zero_OG).unsqueeze(2)), (highest - zero_OG).unsqueeze(2))
+    low_OG1, high_OG1 = (lowest - zero_OG).unsqueeze(2), (highest - zero_OG).unsqueeze(2)
+    kept_OGC: torch.Tensor = whole_OGC.maximum(low_OG1).minimum(high_OG1)
+    return kept_OGC
 
 
 def _stored(scale_OG: torch.Tensor) -> torch.Tensor:
@@ -266,7 +268,7 @@ def lower_arithmetic(asked: str, device: str) -> bool:
     if asked != "auto":
         return asked == "bfloat16"
     if device != "cpu":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu._is_amx_tile_supported())
 
 

@@ -1,0 +1,275 @@
+"""Export for ONNX Runtime GenAI: a language model as a graph with a cache, in the very integers that it was rounded to.
+
+ONNX Runtime GenAI's own builder makes the graph, of floats; then every matrix that the source keeps as whole numbers
+takes the place of its floats, which are found row by row by their bytes, so that none can land in a wrong place. The
+embedding and the head, which weight quantizers leave as floats and which are a fifth of a small model, are rounded to
+`head_bits`; a tied model carries the table once. The result must say what the source says: in float arithmetic to a
+thousandth of the largest logit, and in the arithmetic that it will run in (int8 activations at accuracy_level 4) within
+`kl`. Costs two copies of the model in float32 on disk, and one in memory, while it runs.
+
+Shapes: O = outputs, I = inputs, V = vocabulary, W = width, T = tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field
+
+from slimline import data, decoder, genaigraph, graph, hf, language, layerwise
+from slimline.errors import ConfigError, ModelError
+from slimline.shards import Weights, Writer
+from slimline.technique import BaseConfig, Metrics, Stored, track
+
+if TYPE_CHECKING:
+    from slimline.nbits import Array
+
+NEEDS, GIVES = "hf", "genai"
+
+BUILT = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi": "PhiForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
+"""Families that the builder knows, by the name that it knows them by."""
+
+
+class Config(BaseConfig):
+    data: Stored = Field(description="texts (calibration split) on which the package must say what its source says")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="what the package is for")
+    dtype: Literal["float32", "float16"] = Field("float32", description="of what stays floats; float16 on cuda only")
+    head_bits: Literal[0, 4, 8] | None = Field(
+        None, description="of embedding and head, 0 for floats; by default 8, and 0 for a model of floats"
+    )
+    accuracy_level: int = Field(4, ge=0, le=4, description="4 rounds activations to int8 while they run, 0 or 1 do not")
+    tolerance: float = Field(1e-3, gt=0, le=0.1, description="in float arithmetic, as a fraction of the largest logit")
+    kl: float = Field(0.05, gt=0, description="largest mean divergence of the next token from the source, in nats")
+
+
+def run(source: Path, out: Path, config: Config) -> Metrics:
+    """Write the package. Raises ModelError for a model that the builder does not know, or that comes out different."""
+    check(source, config)
+    packs = bool(hf.read_config(source).get("quantization_config"))
+    head_bits = (8 if packs else 0) if config.head_bits is None else config.head_bits
+    with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as scratch:
+        floats, built = Path(scratch) / "floats", Path(scratch) / "built"
+        write_floats(source, floats)
+        build(floats, built, config)
+        made = genaigraph.Rewriting(built, config.accuracy_level)
+        packed_maps = made.take_integers(Weights(source), decoder.family(hf.read_config(source), source))
+        tables = made.round_tables(head_bits) if head_bits else {}
+        made.write(out)
+        settings = json.loads((built / language.GENAI).read_text(encoding="utf-8"))
+    decoder.copy_rest(source, out, {"quantization_config": None})
+    (out / language.GENAI).write_text(json.dumps(_settings(source, settings), indent=2, sort_keys=True) + "\n")
+    found = guard(source, out, tables, config)
+    return {
+        "packed_maps": float(packed_maps),
+        "head_bits": float(head_bits),
+        "size_bytes": float(sum(file.stat().st_size for file in out.iterdir() if file.is_file())),
+        **found,
+    }
+
+
+def check(source: Path, config: Config) -> None:
+    """Raise ModelError or ConfigError for what the builder makes no sound graph of."""
+    values = hf.read_config(source)
+    kind = decoder.family(values, source)
+    if values["model_type"] not in BUILT:
+        raise ModelError(
+            f"{source} is a {values['model_type']} model, which ONNX Runtime GenAI's builder does not know. "
+            f"It knows {', '.join(BUILT)}."
+        )
+    if config.device == "cpu" and config.dtype == "float16":
+        raise ConfigError("dtype float16 is for device cuda: on the processor ONNX Runtime computes in float32.")
+    weights = Weights(source)
+    for name in kind.maps:
+        shapes = {weights.shape(f"{kind.layers}.{i}.{name}.weight") for i in range(layerwise.depth(source))}
+        if len(shapes) > 1:
+            raise ModelError(
+                f"{source} has layers of uneven width ({name} is {' and '.join(map(str, sorted(map(str, shapes))))}), "
+                "which ONNX Runtime GenAI's builder does not make. Serve it as it is, in PyTorch."
+            )
+
+
+def write_floats(source: Path, out: Path) -> None:
+    """The model with every matrix as floats, a layer at a time, and a config.json that the builder reads."""
+    out.mkdir()
+    values = hf.read_config(source)
+    kind, weights, writer = decoder.family(values, source), Weights(source), Writer(out)
+    depth = layerwise.depth(source)
+    for i in track(range(depth), "writing floats"):
+        writer.write(i, {n: weights.read(n).float() for n in weights.below(f"{kind.layers}.{i}")})
+        weights.close()
+    rest = [name for name in weights.floats() if not name.startswith(f"{kind.layers}.")]
+    writer.write(depth, {name: weights.read(name).float() for name in rest})
+    writer.finish()
+    changes = {"quantization_config": None, "dtype": "float32", "architectures": [BUILT[values["model_type"]]]}
+    decoder.copy_rest(source, out, changes)
+
+
+def build(floats: Path, out: Path, config: Config) -> None:
+    """Let the builder make the graph, in a process of its own: it takes module names that are too common to share."""
+    precision = {"float32": "fp32", "float16": "fp16"}[config.dtype]
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(floats), "-o", str(out)]
+    command += ["-p", precision, "-e", config.device, "-c", str(out.parent / "cache")]
+    command += ["--extra_options", "hf_token=false"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out.parent)
+    if done.returncode != 0 or not (out / "model.onnx").is_file():
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
+        raise ModelError(f"ONNX Runtime GenAI's builder failed: {last.strip()[:300]}. Is config.json the model's own?")
+
+
+def _settings(source: Path, built: dict[str, Any]) -> dict[str, Any]:
+    """genai_config.json: the builder's, with every end token and the context that the model has."""
+    values = hf.read_config(source)
+    ends, context = sorted(language.ends(source)), decoder.context(values)
+    model = built["model"]
+    model["context_length"] = context
+    if ends:
+        model["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        if not isinstance(model.get("pad_token_id"), int):
+            model["pad_token_id"] = ends[0]
+    built["search"] |= {"max_length": context, "num_beams": 1, "num_return_sequences": 1}
+    return built
+
+
+LENGTHS = (1, 17, 48, 128)
+"""Tokens of the prompts that are compared; the longest is also read in three parts, as a cache is filled."""
+
+
+def guard(source: Path, out: Path, tables: dict[str, Array], config: Config) -> Metrics:
+    """How far the package is from its source. Raises ModelError where that is too far.
+
+    In float arithmetic it must say what the source says with the same tables; as it will run, it is compared with the
+    source itself, so that the metrics say what the rounded tables and activations cost.
+    """
+    asked = prompts(source, Path(config.data))
+    plain, twin = _source_logits(source, tables, asked)
+    try:
+        exact, served = _package_logits(out, asked)
+    except ModelError:
+        if config.device == "cpu":
+            raise
+        return {"parity_checked": 0.0}  # a graph for a GPU that this machine lacks
+    near, cost = difference(twin, exact), difference(plain, served)
+    if not near.max_abs <= config.tolerance * near.scale:
+        raise ModelError(
+            f"the graph differs from its source by {near.max_abs:.3g} in a logit, not at most "
+            f"{config.tolerance * near.scale:.3g}. Raise the tolerance only if you know why."
+        )
+    if not cost.kl_mean <= config.kl:
+        raise ModelError(
+            f"the package is {cost.kl_mean:.3g} nats from its source, not at most {config.kl}. "
+            "Try head_bits=8 or 0, or accuracy_level=1."
+        )
+    return {
+        "parity_checked": 1.0,
+        "parity_max_abs": near.max_abs,
+        "kl_mean": cost.kl_mean,
+        "agreement": cost.agreement,
+    }
+
+
+def prompts(source: Path, file: Path) -> list[list[int]]:
+    """Token ids of uneven lengths, from one token on, as many as the model can hold."""
+    tokenizer, context = language.Tokenizer(source), decoder.context(hf.read_config(source))
+    stream: list[int] = []
+    for text in data.documents(file, "calibration").texts:
+        stream += tokenizer.encode(text)
+        if len(stream) >= sum(LENGTHS):
+            break
+    ends = np.cumsum(LENGTHS)
+    return [p for end, n in zip(ends, LENGTHS) if (p := stream[end - n : end][:context])]
+
+
+class Difference(NamedTuple):
+    max_abs: float
+    """The largest difference of one logit."""
+    scale: float
+    """The largest logit of the source."""
+    kl_mean: float
+    """Mean divergence of what may follow a token, source to package, in nats."""
+    agreement: float
+    """Fraction of tokens after which both hold the same one likeliest."""
+
+
+def difference(source: list[Array], package: list[Array]) -> Difference:
+    """How far logits [T, V], prompt by prompt, are from the source's. Raises ModelError where any is not finite."""
+    from scipy.special import log_softmax
+
+    if not all(np.isfinite(logits_TV).all() for logits_TV in (*source, *package)):
+        raise ModelError("the source or its package answers with NaN or infinity. Repeat the step that made it.")
+    kl, same = [], []
+    for source_TV, package_TV in zip(source, package, strict=True):
+        left, right = (log_softmax(x.astype(np.float64), axis=1) for x in (source_TV, package_TV))
+        kl.append((np.exp(left) * (left - right)).sum(axis=1))
+        same.append(source_TV.argmax(axis=1) == package_TV.argmax(axis=1))
+    return Difference(
+        max_abs=max(float(np.abs(a - b).max()) for a, b in zip(source, package)),
+        scale=max(float(np.abs(logits_TV).max()) for logits_TV in source),
+        kl_mean=float(np.concatenate(kl).mean()),
+        agreement=float(np.concatenate(same).mean()),
+    )
+
+
+def _source_logits(source: Path, tables: dict[str, Array], asked: list[list[int]]) -> tuple[list[Array], list[Array]]:
+    """Logits of the source, and of the source with these tables; the longest prompt's twice, as the package gives."""
+    import torch
+
+    model, kind = decoder.load(source), decoder.family(hf.read_config(source), source)
+
+    def answer() -> list[Array]:
+        with torch.inference_mode():
+            found = [model(torch.tensor([ids], device=hf.config_device(model))).logits[0] for ids in asked]
+        arrays = [logits.float().cpu().numpy() for logits in found]
+        return [*arrays, arrays[-1]]
+
+    plain = answer()
+    if not tables:
+        return plain, plain
+    for name, table in ((kind.embedding, "embedding"), (kind.head, "head")):
+        weight = torch.from_numpy(tables[table]).to(hf.config_device(model))
+        model.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)
+    return plain, answer()
+
+
+def _package_logits(out: Path, asked: list[list[int]]) -> tuple[list[Array], list[Array]]:
+    """Logits of the package in float arithmetic, and as it will run."""
+    import onnx
+
+    served = _answer(language.Graph(out), asked)
+    model = onnx.load(str(out / graph.FILE), load_external_data=False)
+    if not genaigraph.levels(model, 1):
+        return served, served
+    exact = out / ".exact.onnx"  # beside the weights, which it shares
+    try:
+        exact.write_bytes(model.SerializeToString(deterministic=True))
+        return _answer(language.Graph(out, name=exact.name), asked), served
+    finally:
+        exact.unlink()
+
+
+def _answer(package: language.Graph, asked: list[list[int]]) -> list[Array]:
+    """Logits [T, V] of each prompt, and of the last read in parts, each behind what went before."""
+    answers = [package.logits([ids])[0][0] for ids in asked]
+    ids, past, parts = asked[-1], None, []
+    for part in (ids[:-4], ids[-4:-1], ids[-1:]):
+        if part:
+            logits_BTV, past = package.logits([part], past)
+            parts.append(logits_BTV[0])
+    return [*answers, np.concatenate(parts)]
