@@ -15,6 +15,7 @@ its numbers, each number to the best given all others, and the loss can only fal
 Shapes: O = outputs, I = inputs, G = groups of inputs that share a scale, C = inputs of one, B = columns of a block.
 """
 
+# Long because each step makes up for what the one before it leaves: they are read together.
 from __future__ import annotations
 
 import copy

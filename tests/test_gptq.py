@@ -1,5 +1,7 @@
 """GPTQ rounds as its paper defines it, loses less than rounding to the nearest, and is read back by others."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -164,6 +166,32 @@ def in_transformers(folder, tokens_NT, dequantize):
 def logits(folder, tokens_NT):
     with torch.no_grad():
         return decoder.load(folder)(input_ids=torch.as_tensor(tokens_NT), use_cache=False).logits
+
+
+def entering(folder, name, tokens_NT):
+    """[tokens, I]: what enters a map of a whole model in memory."""
+    model, heard = decoder.load(folder), []
+    model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0].flatten(0, -2)))
+    with torch.no_grad():
+        model(input_ids=torch.as_tensor(tokens_NT), use_cache=False)
+    return torch.cat(heard)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_moments_are_of_what_enters_a_map_in_the_changed_model_and_in_the_source(kind, tmp_path, documents):
+    source, out = make_decoder(kind, tmp_path / "source", layers=3), tmp_path / "out"
+    out.mkdir()
+    family, tokens = decoder.FAMILIES[kind], passages.draw(source, config(documents, windows=80))
+    for layer in layerwise.walk(source, out, tokens, original=True):
+        seen = obq.moments(layer, [family.down], copy.deepcopy(layer.module))[family.down]
+        if layer.index < 2:
+            layer.weight(family.up).mul_(1.5)
+        layer.store()
+    decoder.copy_rest(source, out)
+    z_TI, x_TI = (entering(folder, f"{family.layers}.2.{family.down}", tokens) for folder in (source, out))
+    assert (z_TI - x_TI).abs().max() > 0.1
+    torch.testing.assert_close(seen.hessian_II, x_TI.T @ x_TI, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(seen.cross_II, (z_TI - x_TI).T @ x_TI, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -57,7 +57,7 @@ def world(tmp_path_factory):
             "perplexity_options": {"length": 64, "stride": 32},
             "divergence_options": {"length": 64, "stride": 32, "max_documents": 40},
             "generation_threads": 1,
-            "generation_options": {"prompt_tokens": [8, 16], "batch_sizes": [1, 2], "tokens": 8},
+            "generation_options": {"lengths": [8, 16], "batches": [2], "tokens": 12, "answers": 56},
             "gate_options": {"size_alone": True, "max_kl": 0.2, "choices_margin": 0.4, "must_win": ["size"]},
         }
         events: list[dict] = []

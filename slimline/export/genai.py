@@ -109,8 +109,8 @@ def write_floats(source: Path, out: Path) -> None:
     """The model with every matrix as floats, a layer at a time, and a config.json that the builder reads."""
     out.mkdir()
     values = hf.read_config(source)
-    kind, weights, writer = decoder.family(values, source), Weights(source), Writer(out)
-    depth = layerwise.depth(source)
+    kind, weights, depth = decoder.family(values, source), Weights(source), layerwise.depth(source)
+    writer = Writer(out, depth + 1)
     for i in track(range(depth), "writing floats"):
         writer.write(i, {n: weights.read(n).float() for n in weights.below(f"{kind.layers}.{i}")})
         weights.close()

@@ -37,10 +37,7 @@ class Config(BaseConfig):
     fuse: bool = Field(True, description="of encoders: merge attention, layer norm and GELU into one node each")
     first_token: bool = Field(True, description="of encoders: compute only the head's token in the last layer")
     max_length: int | None = Field(
-        None,
-        ge=2,
-        le=1 << 20,
-        description="of language models: tokens of prompt and answer together; none: the model's",
+        None, ge=2, le=1 << 20, description="of language models: tokens, prompt and answer together; none: the model's"
     )
     opset: int = Field(17, ge=17, le=20, description="version of the ONNX operators")
     texts: int = Field(64, ge=2, description="how many texts the parity guard compares")
