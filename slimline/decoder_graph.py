@@ -12,6 +12,7 @@ bits; what may not be seen gets -10,000, which no type makes infinite; every mat
 Shapes: B = texts, S = new tokens, P = tokens before, H = heads of keys, D = width of a head, V = vocabulary, N = rows.
 """
 
+# Long because a form that is traced well, the tracing and the proof that both say the same belong together.
 from __future__ import annotations
 
 import re
@@ -58,7 +59,7 @@ def trace(model: Any, kind: decoder.Family, opset: int, longest: int) -> onnx.Mo
     mask_BT[1, :2] = 0
     open_ = torch.export.Dim.DYNAMIC
     try:
-        traced = torch.onnx.export(
+        program: Any = torch.onnx.export(
             _cached(model, layers),
             (ids_BS, mask_BT, *(torch.zeros(2, heads, 4, width) for _ in pasts)),
             dynamo=True,
@@ -67,12 +68,13 @@ def trace(model: Any, kind: decoder.Family, opset: int, longest: int) -> onnx.Mo
             input_names=["input_ids", "attention_mask", *pasts],
             output_names=["logits", *(name.replace(PAST, "present.") for name in pasts)],
             dynamic_shapes=({0: open_, 1: open_}, {0: open_, 1: open_}, tuple({0: open_, 2: open_} for _ in pasts)),
-        ).model_proto
+        )
+        traced: onnx.ModelProto = program.model_proto
     except Exception as error:  # the exporter's own, of many kinds
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise ModelError(
-            f"a {model.config.model_type} model of this form cannot be exported by PyTorch {torch.__version__}: {reason}. "
-            "Serve it as it is, or quantized by what takes no graph."
+            f"a {model.config.model_type} model of this form cannot be exported by PyTorch {torch.__version__}: "
+            f"{reason}. Serve it as it is, or quantized by what takes no graph."
         ) from None
     _name(traced)
     return traced
