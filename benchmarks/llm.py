@@ -4,8 +4,8 @@
 
 Brings SmolLM2-135M-Instruct in, quantizes it in every way at 4 bits (and 8), exports each for ONNX Runtime GenAI, and
 measures on the newspaper's test split, which is never calibrated on: perplexity, divergence from the floats token by
-token, size, and prefill and decode speed, all runtimes interleaved. With --llamacpp (a Python that has llama-cpp-python,
-see llamacpp.py) llama.cpp's own Q4_0 and Q8_0 are asked about the same tokens. What is made is kept in build/llm and
+token, size, and prefill and decode speed, all runtimes interleaved. With --llamacpp (a Python that has llama.cpp's
+bindings, see llamacpp.py) its own Q4_0 and Q8_0 are asked about the same tokens. What is made is kept in build/llm and
 reused; writes llm.json and llm.md. `--only` makes and measures some, and leaves the other rows as they were.
 """
 

@@ -25,7 +25,8 @@ def matrix(size: int, form: str, seed: int) -> Floats:
     """
     draw = np.random.default_rng([seed, size])
     if form == "hadamard":
-        return hadamard(size) * draw.choice((-1.0, 1.0), size=(size, 1)) / np.sqrt(size)
+        signed: Floats = hadamard(size) * draw.choice((-1.0, 1.0), size=(size, 1)) / np.sqrt(size)
+        return signed
     turned, triangle = np.linalg.qr(draw.standard_normal((size, size)))
     whole: Floats = turned * np.sign(np.diag(triangle))  # of all orthogonal matrices none is then likelier than others
     return whole

@@ -10,6 +10,7 @@ thousandth of the largest logit, and in the arithmetic that it will run in (int8
 Shapes: O = outputs, I = inputs, V = vocabulary, W = width, T = tokens.
 """
 
+# Long because the builder's graph, our whole numbers in it and the proof that both agree are one conversion.
 from __future__ import annotations
 
 import json
