@@ -91,6 +91,28 @@ def words(numbers_RC: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 [R, ceil(C * bits / 32)]: rows of whole numbers in [-2^(bits-1), 2^(bits-1)), one behind the other."""
     import torch
 
+    return torch.cat([_words(part_RC, bits) for part_RC in _in_pieces(numbers_RC)])
+
+
+def numbers(words_RW: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """int8 [R, columns]: what `words` put together."""
+    import torch
+
+    return torch.cat([_numbers(part_RW, bits, columns) for part_RW in _in_pieces(words_RW)])
+
+
+AT_ONCE = 1 << 20
+"""Elements that are int64 at the same time, so that packing a matrix takes little more than the matrix."""
+
+
+def _in_pieces(matrix_RC: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    pieces: tuple[torch.Tensor, ...] = matrix_RC.split(max(1, AT_ONCE // max(1, matrix_RC.shape[1])))  # type: ignore[no-untyped-call]
+    return pieces
+
+
+def _words(numbers_RC: torch.Tensor, bits: int) -> torch.Tensor:
+    import torch
+
     rows, columns = numbers_RC.shape
     raised_RC = torch.nn.functional.pad(numbers_RC.long() + 2 ** (bits - 1), (0, -columns % 32))
     raised_RN = raised_RC.reshape(rows, -1, 32)
@@ -105,8 +127,7 @@ def words(numbers_RC: torch.Tensor, bits: int) -> torch.Tensor:
     return signed.contiguous()
 
 
-def numbers(words_RW: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """int8 [R, columns]: what `words` put together."""
+def _numbers(words_RW: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     import torch
 
     rows, count = words_RW.shape
