@@ -42,6 +42,7 @@ TRIES = 8
 class Rounding(GridConfig, Passages):
     """Options of all that round by second moments of the inputs."""
 
+    windows: int = Field(32, ge=1, description="pieces of text that are drawn, at the most")
     damp: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a fraction of its mean")
     act_order: bool = Field(True, description="round the loudest inputs first, on scales that are fixed before")
     block: int = Field(128, ge=1, description="columns that are rounded before those beyond them are told")

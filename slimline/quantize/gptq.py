@@ -5,6 +5,10 @@ are fixed before, so that columns can be rounded in the order of their inputs' l
 (compressed-tensors' static groups; readers need no g_idx). Every layer is calibrated on what the rounded layers before
 it give, and makes up for some of what they have lost (`correction`: arXiv 2504.02692); afterwards `sweeps` of
 coordinate descent lower the loss further. Needs a few ten thousand tokens; memory is a layer, its inputs and a Hessian.
+
+SmolLM2-135M at 4 bits in groups of 64, on 8,192 tokens (validation, 46.56 as floats) after 8,192 of calibration: 54.05
+as in the paper, 52.13 with the correction, 51.22 with sweeps too; with zero points 52.64, and 50.15 with both. Rounded
+to the nearest it has 68.60, with zero points 66.44. All of the correction instead of half is too much (53.36, 51.02).
 """
 
 from __future__ import annotations
