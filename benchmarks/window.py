@@ -63,12 +63,13 @@ def measure(model: Any, ids: Sequence[int], lengths: Sequence[int]) -> list[dict
 
 def table(found: dict[str, Any]) -> str:
     """The numbers as a page."""
-    machine, whole = found["machine"], {row["length"]: row for row in found["whole"]}
+    machine, instructions = found["machine"], " ".join(found["machine"]["isa"])
+    whole = {row["length"]: row for row in found["whole"]}
     lines = [
         "# Sliding-window attention with sinks",
         "",
         f"{found['model']}, float32, window {found['window']} + sinks {found['sinks']}, one text; processor time of "
-        f"one thread, {machine['cpu']} ({machine['cores']} cores, {machine['isa'][0]}), torch {machine['torch']}. "
+        f"one thread, {machine['cpu']} ({machine['cores']} cores, {instructions}), torch {machine['torch']}. "
         "Each cell: whole attention, then the window. Made by `python -m benchmarks.window`.",
         "",
         "| tokens | keys and values, MB | reading so far, s | one more token, ms |",

@@ -2,8 +2,9 @@
 
 Every token sees the first few tokens of a text, the sinks, and the last `window` ones (StreamingLLM, Xiao et al., 2023,
 arXiv 2309.17453). Texts up to `window` + `sinks` tokens get the same answers as before; longer ones, of any length, are
-answered in the memory and at the speed of that one, by what is near. Weights stay as they are, so it costs nothing, and
-what was said before the window is forgotten: training on long text (distill.tokens) wins some of it back.
+answered in the memory and at the speed of that one, by what is near. Weights stay as they are, so it costs nothing to
+make; what was said before the window is forgotten. Reading a long prompt takes longer than by transformers' own kernel
+up to some thousands of tokens (benchmarks/window.md).
 
 Without sinks it is the family's own window, in plain transformers, where it has one (mistral, phi3, qwen2, qwen3,
 gemma2). With sinks, config.json says so by keys of ours, which slimline hears of; others run the model with whole
