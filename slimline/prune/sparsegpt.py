@@ -8,8 +8,8 @@ with U' U = H^-1 the one from input i on has U[i, i]^2 in its corner. Zeros are 
 what the columns before have left of the weights; in a pattern, as its neighbours come.
 
 Every layer is measured on what the pruned layers before it give. Needs one layer of memory, two runs of the calibration
-text, and for each map two matrices of inputs by inputs; minutes for a small model. Half of all weights costs about half
-as much quality as with prune.wanda.
+text, and for each map a few matrices of inputs by inputs; about twice the time of prune.wanda. With 2:4 the perplexity
+of SmolLM2-135M goes from 48 to 200, where prune.wanda's goes to 393.
 
 Shapes: O = outputs, I = inputs, B = inputs of a block, X = tokens.
 """
