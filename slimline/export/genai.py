@@ -102,7 +102,7 @@ def check(source: Path, config: Config) -> None:
     slides = values.get("use_sliding_window", True) and window and window < context
     if slides and values["model_type"] not in SLIDES:
         raise ModelError(
-            f"{source} looks back {window} tokens of {context}, which is known to come out right of ONNX Runtime GenAI's "
+            f"{source} looks back {window} tokens of {context}, which comes out right of ONNX Runtime GenAI's "
             f"builder for {', '.join(SLIDES)} only. Set sliding_window to null and max_position_embeddings to {window}."
         )
     weights = Weights(source)
