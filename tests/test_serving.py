@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from slimline import step, store
+from tests.decoders import make_decoder, seal_decoder
 from tests.tiny import make_tiny
 
 TEXTS = ["a superb film", "dull and very very long and stale", ""]
@@ -41,6 +42,37 @@ def test_mlflows_loader_answers_alike_for_every_format(champions):
         assert set(answer["label"]) <= {"negative", "positive"}
     assert list(answers[0]["label"]) == list(answers[1]["label"])
     assert list(answers[0]["score"]) == pytest.approx(list(answers[1]["score"]), abs=1e-4)
+
+
+@pytest.fixture
+def writer(fresh_store, tmp_path):
+    """A registered language model."""
+    from slimline import artifact
+
+    folder = seal_decoder(make_decoder("llama", tmp_path / "model", seed=3))
+    with store.step_run("fetch.local", {}, {}) as run_id:
+        ref = store.save(run_id, folder, artifact.read(folder))
+    store.register("writer", ref, "1", {}, "")
+    store.set_alias("writer", "champion", 1)
+    return folder
+
+
+def test_mlflows_loader_writes_chats_and_streams(writer):
+    import mlflow
+
+    from slimline import language
+    from slimline.sampling import Sampling
+
+    mlflow.set_tracking_uri(store.uri())
+    served, model = mlflow.pyfunc.load_model("models:/writer@champion"), language.load(writer)
+    expected = model.generate(["the film is", "plot"], Sampling.of({"max_tokens": 8}))
+    table = served.predict(["the film is", "plot"], params={"max_tokens": 8})
+    assert list(table.columns) == ["generated"] and table["generated"].tolist() == expected
+    assert "".join(served.predict_stream("plot", params={"max_tokens": 8})) == expected[1]
+    drawn = {"max_tokens": 8, "temperature": 1.0, "seed": 3, "stop": ["film"], "chat": True}
+    how = Sampling.of({k: v for k, v in drawn.items() if k != "chat"})
+    said = served.predict(["the film is"], params=drawn)["generated"].tolist()
+    assert said == [model.chat([{"role": "user", "content": "the film is"}], how)]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ thousandth of the largest logit, and in the arithmetic that it will run in (int8
 Shapes: O = outputs, I = inputs, V = vocabulary, W = width, T = tokens.
 """
 
-# Long because the builder's graph, our whole numbers in it and the proof that both agree are one conversion.
+# Long because what is refused, what is built and the proof that it says the same belong on one page.
 from __future__ import annotations
 
 import json
@@ -41,11 +41,13 @@ BUILT = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
     "phi": "PhiForCausalLM",
     "phi3": "Phi3ForCausalLM",
 }
 """Families that the builder knows, by the name that it knows them by."""
+
+SLIDES = ("gemma2",)
+"""Families whose sliding windows the builder carries: of mistral it makes a graph that looks back without end."""
 
 
 class Config(BaseConfig):
@@ -96,6 +98,13 @@ def check(source: Path, config: Config) -> None:
         )
     if config.device == "cpu" and config.dtype == "float16":
         raise ConfigError("dtype float16 is for device cuda: on the processor ONNX Runtime computes in float32.")
+    window, context = values.get("sliding_window"), decoder.context(values)
+    slides = values.get("use_sliding_window", True) and window and window < context
+    if slides and values["model_type"] not in SLIDES:
+        raise ModelError(
+            f"{source} looks back {window} tokens of {context}, which comes out right of ONNX Runtime GenAI's "
+            f"builder for {', '.join(SLIDES)} only. Set sliding_window to null and max_position_embeddings to {window}."
+        )
     weights = Weights(source)
     for name in kind.maps:
         shapes = {weights.shape(f"{kind.layers}.{i}.{name}.weight") for i in range(layerwise.depth(source))}
@@ -177,7 +186,7 @@ def guard(source: Path, out: Path, tables: dict[str, Array], config: Config) -> 
     if not cost.kl_mean <= config.kl:
         raise ModelError(
             f"the package is {cost.kl_mean:.3g} nats from its source, not at most {config.kl}. "
-            "Try head_bits=8 or 0, or accuracy_level=1."
+            "Try head_bits=8 or 0, or accuracy_level=1; a larger kl accepts it, and leaves the judgement to the gate."
         )
     return {
         "parity_checked": 1.0,
