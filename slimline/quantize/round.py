@@ -205,7 +205,8 @@ def rounding() -> type[Any]:
             whole_OGC = _numbers(weight_OGC, offset_OGC, scale_OG)
             kept_OGC = _cut(whole_OGC, zero_OG, lowest, highest)
             ctx.save_for_backward(weight_OGC, scale_OG, kept_OGC, kept_OGC == whole_OGC)
-            return kept_OGC * scale_OG.unsqueeze(2)
+            made_OGC: torch.Tensor = kept_OGC * scale_OG.unsqueeze(2)
+            return made_OGC
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
