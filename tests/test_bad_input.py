@@ -138,7 +138,7 @@ def test_an_unreachable_tracking_server_is_exit_5(recipe, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "code", "named"),
     [
-        (["run", "optimise"], 2, "There is: compress, engine, optimize"),
+        (["run", "optimise"], 2, "There is: compress, engine, language, optimize"),
         (["run", "optimize", "-f", "nowhere.yaml"], 2, "nowhere.yaml does not exist"),
         (["show", "models:/nobody@champion"], 5, "does not resolve"),
         (["show", "nowhere"], 5, "does not exist"),
