@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from slimline import artifact, chat, decoder, hf
+from slimline import artifact, chat, decoder, hf, window
 from slimline.artifact import Manifest
 from slimline.errors import DataError, ModelError
 from slimline.sampling import DEFAULT_TOKENS, GREEDY, Floats, Sampling, pick, pieces, until
@@ -184,7 +184,8 @@ class TorchLanguageModel(LanguageModel):
         return self._run(ids_BT, use_cache=False)[0]
 
     def _begin(self, ids_BT: Tokens, limit: int) -> tuple[Floats, Any]:
-        logits_BTV, cache = self._run(ids_BT, use_cache=True, logits_to_keep=1)
+        cache = window.cache(self.model)
+        logits_BTV, cache = self._run(ids_BT, use_cache=True, logits_to_keep=1, past_key_values=cache)
         return logits_BTV[:, -1], cache
 
     def _go_on(self, state: State, token: int | None) -> Floats:

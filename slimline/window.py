@@ -52,6 +52,15 @@ def install(model: Any, values: dict[str, Any]) -> None:
             module.turning = functools.partial(_turned, frequencies_F=frequencies_F)
 
 
+def refuse(values: dict[str, Any], where: str, runtime: str) -> None:
+    """Raises ModelError for a model whose attention has a window with sinks, which this runtime would not know of."""
+    if values.get(WINDOW):
+        raise ModelError(
+            f"{where} attends to a window of {values[WINDOW]} tokens behind {values.get(SINKS, 0)} sinks, of which "
+            f"{runtime} knows nothing. Serve it as it is, in PyTorch, or leave attention.sliding_window out."
+        )
+
+
 def check(values: dict[str, Any], where: str) -> None:
     """Raises ModelError for a model whose attention cannot be had this way."""
     kind, rope = values.get("model_type"), values.get("rope_parameters") or values.get("rope_scaling") or {}

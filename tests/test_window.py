@@ -211,3 +211,24 @@ def test_weights_stay_as_they_are(tmp_path):
     slid(source, tmp_path / "out", window=8)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     assert {p.name for p in source.iterdir()} - {p.name for p in (tmp_path / "out").iterdir()} == {"manifest.json"}
+
+
+@pytest.mark.parametrize("export", ["onnx", "genai", "gguf"])
+def test_no_exporter_drops_the_window_in_silence(export, tmp_path):
+    slid(seal_decoder(make_decoder("llama", tmp_path / "m")), tmp_path / "slid", window=16, sinks=4)
+    module = technique.find(f"export.{export}")
+    options = {"data": "unread"} if "data" in module.Config.model_fields else {}
+    with pytest.raises(ModelError, match="a window of 16 tokens behind 4 sinks, of which .* knows nothing"):
+        module.run(tmp_path / "slid", tmp_path / "out", technique.configure(module, options))
+
+
+def test_a_model_with_a_window_writes_on_within_bounded_memory(tmp_path):
+    from slimline import artifact, language
+
+    slid(seal_decoder(make_decoder("llama", tmp_path / "m")), tmp_path / "slid", window=16, sinks=4)
+    artifact.seal(tmp_path / "slid", format="hf", task=decoder.TASK, labels=(), base="made for a test")
+    model = language.load(tmp_path / "slid")
+    state = model.prefill([list(range(2, 26))], room=60)
+    for _ in range(60):
+        state = model.step(state)
+    assert state.cache.layers[0].keys.shape[2] <= 16 + 4

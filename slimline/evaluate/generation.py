@@ -96,6 +96,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
         )
     name_apart(variants)
     measured = {
+        "asked": "decoded tokens",
         "queries": config.answers,
         "batch_size": 1,
         "lengths": sorted(set(config.lengths)),

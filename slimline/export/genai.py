@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from slimline import data, decoder, genaigraph, graph, hf, language, layerwise
+from slimline import data, decoder, genaigraph, graph, hf, language, layerwise, window
 from slimline.errors import ConfigError, ModelError
 from slimline.shards import Weights, Writer
 from slimline.technique import BaseConfig, Metrics, Stored, track
@@ -91,6 +91,7 @@ def check(source: Path, config: Config) -> None:
     """Raise ModelError or ConfigError for what the builder makes no sound graph of."""
     values = hf.read_config(source)
     kind = decoder.family(values, source)
+    window.refuse(values, str(source), "ONNX Runtime GenAI")
     if values["model_type"] not in BUILT:
         raise ModelError(
             f"{source} is a {values['model_type']} model, which ONNX Runtime GenAI's builder does not know. "
@@ -98,12 +99,12 @@ def check(source: Path, config: Config) -> None:
         )
     if config.device == "cpu" and config.dtype == "float16":
         raise ConfigError("dtype float16 is for device cuda: on the processor ONNX Runtime computes in float32.")
-    window, context = values.get("sliding_window"), decoder.context(values)
-    slides = values.get("use_sliding_window", True) and window and window < context
+    back, context = values.get("sliding_window"), decoder.context(values)
+    slides = values.get("use_sliding_window", True) and back and back < context
     if slides and values["model_type"] not in SLIDES:
         raise ModelError(
-            f"{source} looks back {window} tokens of {context}, which comes out right of ONNX Runtime GenAI's "
-            f"builder for {', '.join(SLIDES)} only. Set sliding_window to null and max_position_embeddings to {window}."
+            f"{source} looks back {back} tokens of {context}, which comes out right of ONNX Runtime GenAI's "
+            f"builder for {', '.join(SLIDES)} only. Set sliding_window to null and max_position_embeddings to {back}."
         )
     weights = Weights(source)
     for name in kind.maps:
