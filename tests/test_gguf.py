@@ -129,7 +129,7 @@ def test_a_step_takes_the_file_itself_and_its_digest_is_that_file_s(tmp_path):
     assert step.resolve(str(file)).path == file and step.resolve(str(file)).digest == before
     step.run_on_folder("fetch.gguf", file, tmp_path / "sealed", {}, lambda event: None)
     manifest = artifact.verify(tmp_path / "sealed")
-    assert (manifest.format, manifest.task, manifest.labels) == ("hf", "", ())
+    assert (manifest.format, manifest.task, manifest.labels) == ("hf", "text-generation", ())
     assert manifest.history[0].parent == before == artifact.digest(file)
 
 

@@ -199,7 +199,7 @@ def test_a_model_that_says_nothing_finite_is_not_blessed(copy):
 
 def test_memory_is_measured_in_a_process_that_writes(folder):
     done = subprocess.run(
-        [sys.executable, "-m", "slimline.probe", str(folder), "1"], input='[["the film"]]',
+        [sys.executable, "-m", "slimline.probe", str(folder), "1"], input='[[[2, 3, 4]]]',
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert int(done.stdout) > 100_000_000
