@@ -6,8 +6,9 @@ cd /opt/slimline/lib/python3*/site-packages
 find . -type d \( -name tests -o -name test -o -name include \) -prune -exec rm -rf {} +
 find . -type f \( -name '*.py[ix]' -o -name '*.px[di]' -o -name '*.h' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' \
     -o -name '*.a' \) ! -path './torch/*' -delete
-# Arrow's network protocol, SciPy's file formats, what tests are made of; ONNX Runtime's second copy of itself.
-rm -rf pyarrow/*flight* scipy/io sqlalchemy/testing alembic/testing huggingface_hub/cli onnxruntime/capi/libonnxruntime.so.* onnx/backend/test
+# Arrow's network protocol, SciPy's file formats, what tests are made of; and ONNX Runtime's second copy of itself.
+rm -rf pyarrow/*flight* scipy/io sqlalchemy/testing alembic/testing huggingface_hub/cli onnx/backend/test
+[ -d onnxruntime_genai ] || rm -rf onnxruntime/capi/libonnxruntime.so.*  # GenAI links against that copy
 for library in pyarrow/libarrow_python*.so.*.*.*; do  # a wheel has no links, so it holds each of these three times
     [ ! -f "$library" ] || ln -sf "$(basename "$library")" "${library%.*.*}"
     [ ! -f "$library" ] || ln -sf "$(basename "$library")" "${library%.so.*}.so"

@@ -36,6 +36,25 @@ def make_task(folder):
     return folder
 
 
+def parameters(folder):
+    """A recipe of seconds: a tiny Llama in 8 bits, with limits that a tiny test split can prove."""
+    return {
+        "source": str(make_decoder("llama", folder / "source", width=64, feed=96, tied=True)),
+        "data": str(make_documents(folder / "documents.parquet", rows=400)),
+        "task": str(make_task(folder / "task")),
+        "name": "tiny-llama",
+        "margin": 0.1,
+        "rotate_method": "rotate",
+        "quantize_method": "gptq",
+        "quantize_options": {"bits": 8, "group_size": 32, "windows": 8, "length": 32},
+        "perplexity_options": {"length": 64, "stride": 32},
+        "divergence_options": {"length": 64, "stride": 32, "max_documents": 40},
+        "generation_threads": 1,
+        "generation_options": {"lengths": [8, 16], "batches": [2], "tokens": 12, "answers": 56},
+        "gate_options": {"size_alone": True, "max_kl": 0.2, "choices_margin": 0.4, "must_win": ["size"]},
+    }
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A working directory in which the pipeline has run once, with what it told and made."""
@@ -45,21 +64,7 @@ def world(tmp_path_factory):
             patch.delenv(variable, raising=False)
         patch.setenv("SLIMLINE_STORE", str(folder / "slimline-store"))
         patch.chdir(folder)
-        values = {
-            "source": str(make_decoder("llama", folder / "source", width=64, feed=96, tied=True)),
-            "data": str(make_documents(folder / "documents.parquet", rows=400)),
-            "task": str(make_task(folder / "task")),
-            "name": "tiny-llama",
-            "margin": 0.1,
-            "rotate_method": "rotate",
-            "quantize_method": "gptq",
-            "quantize_options": {"bits": 8, "group_size": 32, "windows": 8, "length": 32},
-            "perplexity_options": {"length": 64, "stride": 32},
-            "divergence_options": {"length": 64, "stride": 32, "max_documents": 40},
-            "generation_threads": 1,
-            "generation_options": {"lengths": [8, 16], "batches": [2], "tokens": 12, "answers": 56},
-            "gate_options": {"size_alone": True, "max_kl": 0.2, "choices_margin": 0.4, "must_win": ["size"]},
-        }
+        values = parameters(folder)
         events: list[dict] = []
         outcome = launch.run("language", values, events.append, "slimline run language -f recipe.yaml")
         yield {"folder": folder, "values": values, "events": events, "outcome": outcome}

@@ -1,6 +1,7 @@
 """The pipelines whose steps cannot share an environment: each step in the image that has what it needs."""
 
 import json
+import subprocess
 
 import yaml
 
@@ -68,3 +69,17 @@ def test_a_model_becomes_an_engine_in_an_image_without_torch(workplace):
     assert made.format == "tensorrt" and made.runtime["compute_capabilities"] == ["8.9"]
     refused = slimline("predict", ref, "a fine film", cwd=workplace)
     assert refused.returncode == 3 and "built by TensorRT for RTX" in refused.stderr
+
+
+def test_a_language_model_is_quantized_judged_and_promoted_in_its_own_image(workplace):
+    from tests.test_language_pipeline import parameters
+
+    folder = workplace / "language"
+    folder.mkdir()
+    (workplace / "recipe.yaml").write_text(yaml.safe_dump(parameters(folder)))
+    subprocess.run(["chmod", "-R", "a+rX", str(folder)], check=True)
+    ran = slimline("run", "language", "-f", "recipe.yaml", "--docker", "--json", cwd=workplace)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert json.loads(ran.stdout)["status"] == "PASS", ran.stdout
+    manifest = artifact.verify(store.fetch("models:/tiny-llama@champion"))
+    assert manifest.format == "genai" and manifest.history[-1].technique == "export.genai"
