@@ -32,12 +32,14 @@ W4 = {"bits": 4, "group_size": 64}
 METHODS: dict[str, Steps] = {
     "fp32": [],
     "int8 rtn": [("quantize.rtn", {"bits": 8, "group_size": 64})],
+    "int8 rtn, float activations": [("quantize.rtn", {"bits": 8, "group_size": 64})],
     "int4 rtn, whole range": [("quantize.rtn", {**W4, "search": False})],
     "int4 rtn, searched": [("quantize.rtn", W4)],
     "int4 rtn, zero points": [("quantize.rtn", {**W4, "symmetric": False, "search": False})],
     "int4 awq": [("quantize.awq", W4)],
     "int4 gptq": [("quantize.gptq", W4)],
     "int4 gptq, zero points": [("quantize.gptq", {**W4, "symmetric": False})],
+    "int4 gptq, zero points, float activations": [("quantize.gptq", {**W4, "symmetric": False})],
     "int4 round": [("quantize.round", W4)],
     "int4 round, zero points": [("quantize.round", {**W4, "symmetric": False})],
     "int4 rotate + gptq, zero points": [("quantize.rotate", {}), ("quantize.gptq", {**W4, "symmetric": False})],
@@ -108,9 +110,11 @@ def build(work: Path, base: Path, name: str) -> tuple[Path, float]:
     """The exported package of one row, and the seconds that its quantization took."""
     folder = base
     for i, (technique, options) in enumerate(METHODS[name]):
-        folder = made(work / f"{slug(name)}-{i}", folder, technique, options)
-    bits = 0 if name == "fp32" else 8
-    package = made(work / f"{slug(name)}-genai", folder, "export.genai", {"head_bits": bits})
+        plain = slug(name.removesuffix(", float activations"))
+        folder = made(work / f"{plain}-{i}", folder, technique, options)
+    options = {"head_bits": 0 if name == "fp32" else 8}
+    options |= {"accuracy_level": 1} if name.endswith("float activations") else {}
+    package = made(work / f"{slug(name)}-genai", folder, "export.genai", options)
     stages = [s for s in artifact.read(package).history if s.technique.startswith("quantize.")]
     return package, sum(stage.seconds for stage in stages)
 
@@ -176,8 +180,8 @@ def page(found: dict[str, Any]) -> str:
         f"`python -m benchmarks.llm`. Perplexity and divergence on {base['documents']:.0f} newspaper documents that "
         f"nothing was calibrated or chosen on ({base['tokens']:.0f} tokens, each document by itself, 512-token "
         "windows), by the exported package that is served: int4 and int8 rows have embedding and head in 8 bits "
-        "and run with int8 activations. All 4-bit rows are in groups of 64: the download sits on a grid of 4 bits in "
-        "blocks of 32.",
+        "and, unless they say otherwise, int8 activations. All 4-bit rows are in groups of 64: the download sits on a "
+        "grid of 4 bits in blocks of 32.",
         "",
         f"Machine: {machine}.",
         "",
