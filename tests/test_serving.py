@@ -75,34 +75,47 @@ def test_mlflows_loader_writes_chats_and_streams(writer):
     assert said == [model.chat([{"role": "user", "content": "the film is"}], how)]
 
 
-@pytest.mark.slow
-def test_mlflows_server_answers_over_http(champions):
+def asked_over_http(ref: str, body: dict) -> list:
+    """What `mlflow models serve` answers to a request: its predictions."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/reviews@champion"]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", ref]
     command += ["--env-manager", "local", "--port", str(port), "--host", "127.0.0.1"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "MLFLOW_TRACKING_URI": store.uri(), "PATH": path}
     server = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        body = json.dumps({"inputs": TEXTS}).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
-        )
+        kind = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", json.dumps(body).encode(), kind)
         deadline = time.monotonic() + 120
         while True:
             try:
                 with urllib.request.urlopen(request, timeout=20) as reply:
-                    answers = json.load(reply)["predictions"]
-                break
+                    return json.load(reply)["predictions"]
             except OSError:
                 assert server.poll() is None and time.monotonic() < deadline
                 time.sleep(1)
-        assert [set(answer) for answer in answers] == [{"label", "score"}] * 3
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(20)
+
+
+@pytest.mark.slow
+def test_mlflows_server_answers_over_http(champions):
+    answers = asked_over_http("models:/reviews@champion", {"inputs": TEXTS})
+    assert [set(answer) for answer in answers] == [{"label", "score"}] * 3
+
+
+@pytest.mark.slow
+def test_mlflows_server_writes_over_http(writer):
+    from slimline import language
+    from slimline.sampling import Sampling
+
+    prompts = ["the film is", "plot"]
+    answers = asked_over_http("models:/writer@champion", {"inputs": prompts, "params": {"max_tokens": 8}})
+    expected = language.load(writer).generate(prompts, Sampling.of({"max_tokens": 8}))
+    assert [answer["generated"] for answer in answers] == expected
 
 
 def test_a_fetched_copy_elsewhere_answers_too(champions, tmp_path):
