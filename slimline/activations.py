@@ -73,19 +73,21 @@ def _targets(target: str, name: str) -> bool:
     return target in ("Linear", name) or (target.startswith("re:") and re.match(target[3:], name) is not None)
 
 
-def install(model: Any, weights: Weights, settings: dict[str, Any]) -> None:
+def install(model: Any, weights: Weights, settings: dict[str, Any], within: str = "") -> None:
     """Let every map with 8-bit weights round its inputs from now on, where the settings ask for it.
 
+    `within` is what whole names begin with where `model` is a part of one, such as 'model.layers.3.'.
     Raises ModelError if they are rounded in a way that is not known here, or a scale is missing.
     """
-    for name in [name.removesuffix(SCALE) for name in weights.stored() if name.endswith(SCALE)]:
+    stored = [name for name in weights.stored() if name.startswith(within) and name.endswith(SCALE)]
+    for name in [name.removesuffix(SCALE) for name in stored]:
         if not (how := asked(settings, name, str(weights.folder))):
             continue
         kind, dynamic = how
         if not dynamic and name + INPUT_SCALE not in weights.found:
             raise ModelError(f"{weights.folder} has no {name + INPUT_SCALE}. Is the checkpoint whole?")
         fixed = None if dynamic else weights.raw(name + INPUT_SCALE).float()
-        model.get_submodule(name).register_forward_pre_hook(_hook(kind, fixed))
+        model.get_submodule(name.removeprefix(within)).register_forward_pre_hook(_hook(kind, fixed))
 
 
 def _hook(kind: str, fixed: torch.Tensor | None) -> Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]:

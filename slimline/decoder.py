@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimline import activations, hf, window
+from slimline import activations, hf, keys_values, window
 from slimline.errors import ModelError
 from slimline.shards import Weights
 
@@ -128,7 +128,8 @@ def context(values: dict[str, Any]) -> int:
 def load(folder: Path, dtype: str = "float32") -> torch.nn.Module:
     """A whole language model in evaluation mode on the best device, its packed matrices as floats.
 
-    Where its config.json asks for inputs of 8 bits, maps round what they are given, as a server will.
+    Where its config.json asks for inputs of 8 bits, maps round what they are given, as a server will; where it asks for
+    a cache of 8 bits, attention rounds its keys and values.
 
     Raises ModelError if weights are missing, left over or of another shape, or if the family is not known.
     """
@@ -152,12 +153,15 @@ def load(folder: Path, dtype: str = "float32") -> torch.nn.Module:
     missing, extra = model.load_state_dict(state, strict=False, assign=True)
     lost = [name for name in missing if not (tied and name == f"{kind.head}.weight")]
     extra = [name for name in extra if not name.endswith(("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias"))]
+    if keys_values.asked(values.get("quantization_config"), str(folder)):
+        extra = [name for name in extra if not name.endswith((keys_values.KEY_SCALE, keys_values.VALUE_SCALE))]
     if lost or extra:
         what = f"lacks {', '.join(lost[:3])}" if lost else f"holds {', '.join(extra[:3])}, which its family has not"
         raise ModelError(f"{folder} {what}. Is the checkpoint whole, and its config.json the one it came with?")
     model.tie_weights()
     if settings := values.get("quantization_config"):
         activations.install(model, weights, settings)
+        keys_values.install(model, weights, settings)
     whole: torch.nn.Module = model.eval().to(hf.device()).requires_grad_(False)
     return whole
 

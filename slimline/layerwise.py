@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimline import decoder, hf, packed
+from slimline import activations, decoder, hf, packed
 from slimline.decoder import Family
 from slimline.errors import ModelError
 from slimline.shards import Weights, Writer
@@ -257,11 +257,13 @@ def look(
     source: Path, tokens_NT: Any, what: str = "looking at the layers", devices: Sequence[str] = ()
 ) -> Iterator[Layer]:
     """Every layer in turn, as it is in the source, with `target_NTW` what it makes of its inputs. Writes nothing."""
-    kind, weights = decoder.family(hf.read_config(source), source), Weights(source)
+    values = hf.read_config(source)
+    kind, weights = decoder.family(values, source), Weights(source)
     layers, hidden_NTW, calls = _enter(source, kind, weights, tokens_NT)
     for i in track(range(len(layers)), what):
         layer = Layer(i, f"{kind.layers}.{i}", layers[i], kind, hidden_NTW, calls[i], devices or available_devices())
         _fill(layer, weights)
+        activations.install(layer.module, weights, values.get("quantization_config") or {}, f"{layer.name}.")
         layer.target_NTW = hidden_NTW = layer.outputs()
         yield layer
         layers[i] = None

@@ -31,6 +31,8 @@ PACKED, SCALE, SHAPE, ZERO = ".weight_packed", ".weight_scale", ".weight_shape",
 INPUT_SCALE = ".input_scale"
 PARTS = (PACKED, SCALE, SHAPE, ZERO, INPUT_SCALE)
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "mixed-precision")
+DENSE = "dense"
+"""The format of a model of floats whose settings are about something else, such as its cache."""
 
 
 class Scheme(NamedTuple):
@@ -168,6 +170,11 @@ def settings(schemes: dict[str, Scheme], ignored: Collection[str] = ("lm_head",)
     }
 
 
+def floats() -> dict[str, Any]:
+    """config.json's `quantization_config` for a model whose weights are all floats."""
+    return settings({}) | {"format": DENSE, "ignore": []}
+
+
 def _arguments(scheme: Scheme) -> dict[str, Any]:
     strategy = "group" if scheme.group_size else "channel"
     return {
@@ -190,6 +197,8 @@ class Packing:
     """Which tensors of a folder are parts of a matrix in fewer bits, and what that matrix is in floats."""
 
     def __init__(self, settings: dict[str, Any] | None, where: str) -> None:
+        if settings and settings.get("format") == DENSE and not settings.get("config_groups"):
+            settings = None
         self.there, self.where = bool(settings), where
         self.bits = _refuse_other_forms(settings, where) if settings else None
 

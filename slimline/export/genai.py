@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from slimline import data, decoder, genaigraph, graph, hf, language, layerwise, window
+from slimline import data, decoder, genaigraph, graph, hf, keys_values, language, layerwise, window
 from slimline.errors import ConfigError, ModelError
 from slimline.shards import Weights, Writer
 from slimline.technique import BaseConfig, Metrics, Stored, track
@@ -92,6 +92,7 @@ def check(source: Path, config: Config) -> None:
     values = hf.read_config(source)
     kind = decoder.family(values, source)
     window.refuse(values, str(source), "ONNX Runtime GenAI")
+    keys_values.refuse(values, str(source), "ONNX Runtime GenAI")
     if values["model_type"] not in BUILT:
         raise ModelError(
             f"{source} is a {values['model_type']} model, which ONNX Runtime GenAI's builder does not know. "

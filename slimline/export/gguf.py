@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from slimline import allowlist, gguf_families, gguf_settings, gguf_tokenizer, window
+from slimline import allowlist, gguf_families, gguf_settings, gguf_tokenizer, keys_values, window
 from slimline.allowlist import Tensor
 from slimline.errors import ModelError
 from slimline.gguf_families import Array, Family, Place
@@ -49,6 +49,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     where = source / "config.json"
     given = json.loads(where.read_text(encoding="utf-8"))
     window.refuse(given, str(where), "llama.cpp")
+    keys_values.refuse(given, str(where), "llama.cpp")
     architecture, family, values = gguf_settings.described(given, str(where))
     said = gguf_settings.fields(values, str(where))
     places = gguf_families.places(values, str(where))

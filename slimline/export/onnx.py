@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from slimline import artifact, data, decoder, decoder_graph, graph, hf, language, parity, window
+from slimline import artifact, data, decoder, decoder_graph, graph, hf, keys_values, language, parity, window
 from slimline.errors import ConfigError, ModelError
 from slimline.technique import BaseConfig, Metrics, Stored
 
@@ -80,6 +80,7 @@ def run_decoder(source: Path, out: Path, config: Config) -> Metrics:
     """Write the graph of a language model with its KV cache, config.json and the tokenizer."""
     values = hf.read_config(source)
     window.refuse(values, str(source), "a graph")
+    keys_values.refuse(values, str(source), "a graph")
     limit = decoder.context(values)
     longest = config.max_length or limit
     if longest > limit:
