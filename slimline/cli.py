@@ -76,9 +76,9 @@ def _print_summary(summary: dict[str, Any], log: Path) -> None:
     out.print(f"\nReport   {summary['report']}", soft_wrap=True)
     out.print(f"Log      {log}", soft_wrap=True)
     ref = f"models:/{name}@champion" if summary["promoted"] else f"models:/{name}/{summary['version']}"
-    me = _me()
+    me, text = _me(), "The capital of France is" if summary["terms"]["one"] == "token" else "a film to remember"
     out.print(
-        f"\nNext     {me} show {ref}\n         {me} predict {ref} 'a film to remember'\n         {me} ui\n",
+        f"\nNext     {me} show {ref}\n         {me} predict {ref} '{text}'\n         {me} ui\n",
         soft_wrap=True,
     )
 

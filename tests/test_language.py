@@ -203,3 +203,21 @@ def test_memory_is_measured_in_a_process_that_writes(folder):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert int(done.stdout) > 100_000_000
+
+
+@pytest.mark.parametrize(
+    ("history", "allowed"),
+    [
+        (("fetch.local",), probe.TOLERANCE),
+        (("fetch.local", "export.genai"), probe.TOLERANCE),
+        (("quantize.gptq",), probe.TOLERANCE),
+        (("quantize.gptq", "export.genai"), probe.ROUNDED_TOLERANCE),
+        (("quantize.smoothquant",), probe.ROUNDED_TOLERANCE),
+    ],
+)
+def test_only_models_that_round_activations_may_move_further_in_company(history, allowed):
+    stages = [artifact.Stage(technique=t, config={"accuracy_level": 4}, metrics={}, parent="") for t in history]
+    manifest = artifact.Manifest(
+        format="hf", task="text-generation", labels=(), base="", digest="", files={}, history=tuple(stages)
+    )
+    assert probe.allowed(manifest) == allowed
