@@ -146,11 +146,12 @@ def _row(manifest: artifact.Manifest, timed: dict[str, Any], metric: str, found:
         quality_high=found[own[2]],
         is_baseline=False,
         is_candidate=False,
-        others={k: v for k, v in found.items() if k.startswith(OTHERS) and k not in own},
+        others={k: v for k, v in found.items() if (k.startswith(OTHERS) or k in ALONE) and k not in own},
     )
 
 
-OTHERS = ("recall_", "accuracy_", "macro_f1", "bits_per_byte")
+OTHERS, ALONE = ("recall_", "accuracy_"), ("macro_f1", "bits_per_byte")
+"""Further metrics that the page shows, by how they begin and by name."""
 
 
 def worst_flips(base: dict[str, list[Any]], candidate: dict[str, list[Any]]) -> tuple[report.Flip, ...]:
