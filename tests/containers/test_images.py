@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from slimline import __version__
+from slimline import __version__, allowlist, decoder, hf
 from tests.containers.conftest import CPU, KINDS, LANGUAGE, LLM, MLFLOW, ROOT, TENSORRT
 
 BUDGET_BYTES = 600_000_000
@@ -71,20 +71,28 @@ def test_without_torch_the_cpu_image_stays_within_its_budget(client, inside):
     assert whole - torch <= BUDGET_BYTES
 
 
-def test_every_kind_of_model_that_is_taken_loads_in_the_cpu_image(inside):
-    code = """
-from slimline import allowlist
-from transformers import AutoConfig, AutoModelForSequenceClassification as Auto
+LOADS = """
+import sys
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+Auto = AutoModelForCausalLM if sys.argv[1] == "decoders" else AutoModelForSequenceClassification
 small = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-small |= dict(dim=8, n_layers=1, n_heads=2, hidden_dim=8)
-for kind in allowlist.MODEL_TYPES:
+small |= dict(dim=8, n_layers=1, n_heads=2, hidden_dim=8, pad_token_id=0)
+for kind in sys.argv[2:]:
     Auto.from_config(AutoConfig.for_model(kind, **small))
-    print(kind)
+print(*sys.argv[2:])
 """
-    from slimline import allowlist
 
-    found = inside(CPU, "python", "-c", code, tmpfs={"/tmp": "mode=1777"})
-    assert found.split() == list(allowlist.MODEL_TYPES)
+
+@pytest.mark.parametrize(
+    ("image", "what", "kinds"), [(CPU, "encoders", tuple(hf.LAYOUTS)), (LANGUAGE, "decoders", tuple(decoder.FAMILIES))]
+)
+def test_every_kind_of_model_that_is_taken_loads_in_its_image(inside, image, what, kinds):
+    found = inside(image, "python", "-c", LOADS, what, *kinds, tmpfs={"/tmp": "mode=1777"})
+    assert found.splitlines()[-1].split() == list(kinds)  # after what transformers warns of
+
+
+def test_what_is_taken_is_what_the_images_load():
+    assert set(allowlist.MODEL_TYPES) == {*hf.LAYOUTS, *decoder.FAMILIES}
 
 
 def test_the_language_image_reads_gguf_quantizes_generates_and_runs_a_benchmark_of_ours(inside):
