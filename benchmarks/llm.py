@@ -185,8 +185,8 @@ def page(found: dict[str, Any]) -> str:
         "",
         f"Machine: {machine}.",
         "",
-        "| | perplexity (95 %) | against fp32 | bits a byte | KL, nats | same next token | weights, MB | made in, s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| | perplexity (95 %) | against fp32 | bits a byte | KL, nats | same next token | weights, MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in (name for name in METHODS if name in rows):
         row = rows[name]
@@ -195,7 +195,7 @@ def page(found: dict[str, Any]) -> str:
             f"| {name} | {row['perplexity']:.2f} ({row['perplexity_low']:.1f}-{row['perplexity_high']:.1f}) "
             f"| {grown} | "
             f"{row['bits_per_byte']:.3f} | {row['kl_mean']:.4f} | {row['agreement']:.1%} | "
-            f"{row['weights_bytes'] / 1e6:.1f} | {row['seconds']:.0f} |"
+            f"{row['weights_bytes'] / 1e6:.1f} |"
         )
     return "\n".join([*lines, *_speed(found), *_llamacpp(found)]) + "\n"
 
