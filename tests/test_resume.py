@@ -33,6 +33,7 @@ def llama(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(llama):
     """What a run that nothing disturbs makes of it."""
+    torch.set_num_threads(1)  # as in the processes it is compared with: sums of more threads end in other bits
     step.run_on_folder("quantize.rtn", llama, llama.parent / "whole", {"bits": 3}, lambda event: None)
     return llama.parent / "whole"
 
