@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from slimline import decoder, hf, packed
+from slimline import decoder, hf, layerwise, packed
 from slimline.errors import ConfigError, ModelError
 from slimline.packed import Integers, Scheme
 from slimline.shards import Weights
@@ -120,6 +120,10 @@ def nearest(weight_OI: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tens
     return numbers_OI
 
 
-def finish(source: Path, out: Path, schemes: dict[str, Scheme]) -> None:
-    """Write config.json and the rest: which modules, by their whole names, are stored how."""
+def finish(source: Path, out: Path, schemes: Scheme | dict[str, Scheme]) -> None:
+    """Write config.json and the rest: how all maps of all layers are stored, or how each module, by its whole name."""
+    if isinstance(schemes, Scheme):
+        kind = decoder.family(hf.read_config(source), source)
+        places = [f"{kind.layers}.{i}.{name}" for i in range(layerwise.depth(source)) for name in kind.maps]
+        schemes = dict.fromkeys(places, schemes)
     decoder.copy_rest(source, out, {"quantization_config": packed.settings(schemes)})

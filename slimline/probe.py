@@ -59,15 +59,14 @@ def probe(path: Path) -> dict[str, Any]:
         found = Finding(ok=False, problem="", digest=manifest.digest)
         start = time.perf_counter()
         model: language.LanguageModel | serve.Predictor
-        writes = manifest.task == decoder.TASK
-        model = language.load(path) if writes else serve.load(path)
-        if isinstance(model, language.LanguageModel):
+        if manifest.task == decoder.TASK:
+            model = language.load(path)
             model.prefill([model.encode(ODD[0])], 1)  # a package opens when it is first asked
-        seconds = time.perf_counter() - start
-        if isinstance(model, language.LanguageModel):
-            found_problems = writing_problems(model, allowed(manifest))
+            found_problems = writing_problems(model, allowed(manifest))  # a generator: nothing is asked yet
         else:
+            model = serve.load(path)
             found_problems = problems(model)
+        seconds = time.perf_counter() - start
         problem = next(found_problems, "")
         peak = peak_memory_bytes()
         found = Finding(not problem, problem, model.runtime, seconds, peak, manifest.digest)

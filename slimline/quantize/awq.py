@@ -79,8 +79,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
             packing[name] = packed.pack(whole, config.bits)
         layer.numbers = {"loss": lost, "output": output}
         layer.store(packing)
-    places = [f"{kind.layers}.{i}.{name}" for i in range(layerwise.depth(source)) for name in kind.maps]
-    grid.finish(source, out, dict.fromkeys(places, scheme))
+    grid.finish(source, out, scheme)
     error = (totals["loss"] / (totals["output"] or 1.0)) ** 0.5
     return {"bits": float(config.bits), "calibration_tokens": float(tokens_NT.size), "relative_error": error}
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from slimline import activations, data, grid, language, layerwise, packed
+from slimline import activations, grid, layerwise, packed, passages
 from slimline.errors import ConfigError
 from slimline.packed import Scheme
-from slimline.technique import BaseConfig, Metrics, Stored
+from slimline.passages import Passages
+from slimline.technique import Metrics, Stored
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ NEEDS = GIVES = "hf"
 RESUMES = True
 
 
-class Config(BaseConfig):
+class Config(Passages):
     """How activations are scaled, and on which text that is measured."""
 
     activations: Literal["dynamic", "static"] = Field(
@@ -48,8 +49,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     if static:
         if not config.data:
             raise ConfigError("quantize.fp8_w8a8 with activations='static' needs data to calibrate on. Name a file.")
-        texts = data.documents(Path(config.data), "calibration").texts
-        tokens_NT = language.windows(language.Tokenizer(source), texts, config.length, config.windows, config.seed)
+        tokens_NT = passages.draw(source, config)
     error = size = 0.0
     for layer in layerwise.walk(source, out, tokens_NT, "rounding layers"):
         largest = layer.measure(kind.maps, lambda inputs: inputs.abs().amax(), _larger) if static else {}
@@ -62,8 +62,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
                 parts[packed.INPUT_SCALE] = activations.scale(largest[name], "float").reshape(1)
             packing[name] = parts
         layer.store(packing)
-    schemes = {f"{kind.layers}.{i}.{name}": scheme for i in range(layerwise.depth(source)) for name in kind.maps}
-    grid.finish(source, out, schemes)
+    grid.finish(source, out, scheme)
     return {"bits": 8.0, "relative_error": (error / size) ** 0.5 if size else 0.0}
 
 

@@ -34,6 +34,5 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
         rounded = obq.round_layer(layer, schemes, config)
         layer.numbers = obq.numbers(rounded)
         layer.store({name: packed.pack(one.whole, config.bits) for name, one in rounded.items()})
-    places = range(layerwise.depth(source))
-    grid.finish(source, out, {f"{kind.layers}.{i}.{name}": schemes[name] for i in places for name in kind.maps})
+    grid.finish(source, out, config.scheme)
     return {"bits": float(config.bits), "calibration_tokens": float(tokens_NT.size), **obq.metrics(totals, config.damp)}

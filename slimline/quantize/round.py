@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from slimline import data, grid, language, layerwise, packed
+from slimline import grid, layerwise, packed, passages
 from slimline.grid import GridConfig
 from slimline.layerwise import Layer
 from slimline.packed import Integers, Scheme
+from slimline.passages import Passages
 from slimline.technique import Metrics, Stored
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ CHECKS = 2
 """How often, at least, the error over all text is measured, to keep the best."""
 
 
-class Config(GridConfig):
+class Config(GridConfig, Passages):
     """The grid, the text, and how it is learned."""
 
     data: Stored = Field(description="documents to learn on: their split calibration, of which only the text is read")
@@ -60,16 +61,15 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
 
     The errors are of layers' outputs, of those layers that this try has learned.
     """
-    kind, scheme = grid.check(source, config.group_size), config.scheme
-    texts = data.documents(Path(config.data), "calibration").texts
-    tokens_NT = language.windows(language.Tokenizer(source), texts, config.length, config.windows, config.seed)
+    grid.check(source, config.group_size)
+    scheme = config.scheme
+    tokens_NT = passages.draw(source, config)
     before = after = size = 0.0
     for layer in layerwise.walk(source, out, tokens_NT, "learning to round", original=True):
         found, errors = learn(layer, config)
         layer.store({name: packed.pack(whole, scheme.bits) for name, whole in found.items()})
         before, after, size = before + errors[0], after + errors[1], size + errors[2]
-    schemes = {f"{kind.layers}.{i}.{name}": scheme for i in range(layerwise.depth(source)) for name in kind.maps}
-    grid.finish(source, out, schemes)
+    grid.finish(source, out, scheme)
     return {
         "bits": float(config.bits),
         "relative_error": (after / size) ** 0.5 if size else 0.0,

@@ -38,6 +38,5 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
             packing[name] = packed.pack(whole, scheme.bits)
         layer.numbers = {"error": error, "weight": weight}
         layer.store(packing)
-    schemes = {f"{kind.layers}.{i}.{name}": scheme for i in range(layerwise.depth(source)) for name in kind.maps}
-    grid.finish(source, out, schemes)
+    grid.finish(source, out, scheme)
     return {"bits": float(config.bits), "relative_error": (totals["error"] / (totals["weight"] or 1.0)) ** 0.5}

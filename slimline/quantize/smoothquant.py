@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from slimline import activations, data, equivalent, grid, hf, language, layerwise, packed
+from slimline import activations, equivalent, grid, hf, layerwise, packed, passages
 from slimline.layerwise import Layer
 from slimline.packed import Scheme
-from slimline.technique import BaseConfig, Metrics, Stored
+from slimline.passages import Passages
+from slimline.technique import Metrics, Stored
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ NEEDS = GIVES = "hf"
 RESUMES = True
 
 
-class Config(BaseConfig):
+class Config(Passages):
     """How much is moved, and how activations are scaled."""
 
     data: Stored = Field(description="documents to measure activations on: their split calibration")
@@ -50,8 +51,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     """Write the model with every layer's maps in int8. Embedding and head stay as they are."""
     kind, model_type = grid.check(source, 0), str(hf.read_config(source)["model_type"])
     scheme = Scheme(8, None, activations=config.activations)
-    texts = data.documents(Path(config.data), "calibration").texts
-    tokens_NT = language.windows(language.Tokenizer(source), texts, config.length, config.windows, config.seed)
+    tokens_NT = passages.draw(source, config)
     error = size = 0.0
     for layer in layerwise.walk(source, out, tokens_NT, "smoothing and rounding layers"):
         largest = layer.measure(kind.maps, lambda inputs: inputs.abs().amax(0), _larger)
@@ -67,8 +67,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
             if config.activations == "static":
                 packing[name][packed.INPUT_SCALE] = activations.scale(largest[name].amax(), "int").float().reshape(1)
         layer.store(packing)
-    schemes = {f"{kind.layers}.{i}.{name}": scheme for i in range(layerwise.depth(source)) for name in kind.maps}
-    grid.finish(source, out, schemes)
+    grid.finish(source, out, scheme)
     return {"bits": 8.0, "relative_error": (error / size) ** 0.5 if size else 0.0}
 
 
