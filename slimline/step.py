@@ -157,6 +157,7 @@ def run_on_folder(
     """
     if out.exists():
         raise ConfigError(f"{out} exists already. Name a folder that does not.")
+    out = out.absolute()  # programs that a technique starts work elsewhere
     module = technique.find(name)
     config = technique.configure(module, options)
     origin = resolve(str(source))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slimline import artifact, decoder, grid, language, layerwise, packed, probe
+from slimline import artifact, decoder, grid, language, layerwise, packed, probe, step
 from slimline.errors import ConfigError, ModelError
 from slimline.export import genai
 from slimline.packed import Integers, Scheme
@@ -226,3 +226,9 @@ def test_every_family_that_the_builder_knows_says_what_its_source_says(kind, mor
     source = seal_decoder(make_decoder(kind, tmp_path / "model", **more))
     _, metrics = export(source, tmp_path / "out", data=documents, head_bits=8, kl=0.2)
     assert metrics["parity_checked"] == 1  # strays are refused
+
+
+def test_a_package_is_written_to_a_folder_that_is_named_from_where_one_stands(floats, documents, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    step.run_on_folder("export.genai", floats, Path("here"), {"data": documents}, lambda event: None)
+    assert artifact.read(tmp_path / "here").format == "genai"
