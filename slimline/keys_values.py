@@ -47,14 +47,27 @@ def check(values: dict[str, Any], where: str) -> None:
         raise ModelError(f"{where} keeps keys and values in 8 bits already. Start from the model that it was made of.")
 
 
-def refuse(values: dict[str, Any], where: str, runtime: str) -> None:
+def refuse(values: dict[str, Any], where: str, runtime: str, instead: str = "") -> None:
     """Raises ModelError for a model that keeps keys and values in 8 bits, which this runtime would not."""
     if found := (values.get("quantization_config") or {}).get(SCHEME):
         vllm = "with vLLM or " if found.get("type") == "float" else ""
+        serve = f"{instead}. Or serve" if instead else "Serve"
         raise ModelError(
-            f"{where} keeps keys and values in 8 bits, of which {runtime} knows nothing. Serve it {vllm}as it is, in "
-            "PyTorch, or leave quantize.kv_cache out."
+            f"{where} keeps keys and values in 8 bits, of which {runtime} knows nothing. "
+            f"{serve} it {vllm}as it is, in PyTorch, or leave quantize.kv_cache out."
         )
+
+
+def scales(weights: Weights, attentions: list[str]) -> tuple[list[float], list[float]]:
+    """The scale of the keys and of the values of each of these attentions. Raises ModelError where one is missing."""
+    keys = [float(_scale(weights, name + KEY_SCALE)) for name in attentions]
+    return keys, [float(_scale(weights, name + VALUE_SCALE)) for name in attentions]
+
+
+def _scale(weights: Weights, name: str) -> torch.Tensor:
+    if name not in weights.found:
+        raise ModelError(f"{weights.folder} has no {name}. Is the checkpoint whole?")
+    return weights.raw(name).float()
 
 
 def scheme(kind: str) -> dict[str, Any]:
@@ -92,10 +105,7 @@ def install(model: Any, weights: Weights, settings: dict[str, Any]) -> None:
     for name, attention in model.named_modules():
         if not (hasattr(attention, "layer_idx") and hasattr(attention, "scaling")):
             continue
-        for part in (KEY_SCALE, VALUE_SCALE):
-            if name + part not in weights.found:
-                raise ModelError(f"{weights.folder} has no {name + part}. Is the checkpoint whole?")
-        on_the_way(attention, _rounding(kind, *(weights.raw(name + part).float() for part in (KEY_SCALE, VALUE_SCALE))))
+        on_the_way(attention, _rounding(kind, *(_scale(weights, name + part) for part in (KEY_SCALE, VALUE_SCALE))))
 
 
 def on_the_way(attention: Any, change: Change) -> Any:

@@ -210,6 +210,10 @@ def device(package: Path) -> str:
     return "cuda" if any("cuda" in provider for provider in inside.get("provider_options", [])) else "cpu"
 
 
+CACHED = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+"""What keys and values are kept as, by what ONNX Runtime calls it."""
+
+
 class Graph:
     """The graph of a package of format genai in plain ONNX Runtime, which gives the logits of all positions."""
 
@@ -237,7 +241,7 @@ class Graph:
         given["position_ids"] = np.broadcast_to(np.arange(before, whole), ids_BT.shape).copy()
         for node in self.session.get_inputs():
             if node.name not in given:
-                kind = np.float16 if "float16" in node.type else np.float32
+                kind = CACHED[node.type]
                 none = np.zeros((len(ids_BT), node.shape[1], 0, self.head_width), dtype=kind)
                 given[node.name] = past[node.name] if past else none
         names = [node.name for node in self.session.get_outputs()]

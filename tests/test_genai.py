@@ -12,6 +12,7 @@ from slimline import artifact, decoder, grid, language, layerwise, packed, probe
 from slimline.errors import ConfigError, ModelError
 from slimline.export import genai
 from slimline.packed import Integers, Scheme
+from slimline.quantize import kv_cache
 from slimline.sampling import Sampling
 from slimline.shards import Weights
 from tests.decoders import make_decoder, make_documents, seal_decoder
@@ -232,3 +233,26 @@ def test_a_package_is_written_to_a_folder_that_is_named_from_where_one_stands(fl
     monkeypatch.chdir(tmp_path)
     step.run_on_folder("export.genai", floats, Path("here"), {"data": documents}, lambda event: None)
     assert artifact.read(tmp_path / "here").format == "genai"
+
+
+@pytest.fixture(scope="module")
+def cached(place, floats, documents):
+    out = place / "cached"
+    out.mkdir()
+    kv_cache.run(floats, out, kv_cache.Config(data=documents, windows=4, length=16, form="int8"))
+    return seal_decoder(out)
+
+
+def test_keys_and_values_of_int8_are_kept_as_int8_and_say_what_the_source_says(place, cached, documents):
+    package, metrics = export(cached, place / "cached-package", data=documents, head_bits=0)
+    past = {n.type for n in language.Graph(package).session.get_inputs() if n.name.startswith("past_key_values")}
+    assert past == {"tensor(int8)"}
+    assert metrics["parity_max_abs"] < 1e-4
+    assert language.load(package).generate(PROMPTS, SHORT) == language.load(cached).generate(PROMPTS, SHORT)
+
+
+def test_keys_and_values_of_fp8_are_refused_with_what_to_do_instead(place, floats, documents, tmp_path):
+    (tmp_path / "fp8").mkdir()
+    kv_cache.run(floats, tmp_path / "fp8", kv_cache.Config(data=documents, windows=4, length=16))
+    with pytest.raises(ModelError, match=r"on cpu knows nothing\. On cpu .* kv_cache with form=int8"):
+        export(tmp_path / "fp8", tmp_path / "out", data=documents)

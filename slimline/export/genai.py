@@ -50,6 +50,9 @@ SLIDES = ("gemma2",)
 """Families whose sliding windows the builder carries: of mistral it makes a graph that looks back without end."""
 
 
+INT8 = "On cpu it keeps them as whole numbers: quantize.kv_cache with form=int8"
+
+
 class Config(BaseConfig):
     data: Stored = Field(description="texts (calibration split) on which the package must say what its source says")
     device: Literal["cpu", "cuda"] = Field("cpu", description="what the package is for")
@@ -70,7 +73,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as scratch:
         floats, built = Path(scratch) / "floats", Path(scratch) / "built"
         write_floats(source, floats)
-        build(floats, built, config)
+        build(floats, built, config, cache_scales(source, Path(scratch) / "scales.json"))
         made = genaigraph.Rewriting(built, config.accuracy_level)
         packed_maps = made.take_integers(Weights(source), decoder.family(hf.read_config(source), source))
         tables = made.round_tables(head_bits) if head_bits else {}
@@ -92,7 +95,8 @@ def check(source: Path, config: Config) -> None:
     values = hf.read_config(source)
     kind = decoder.family(values, source)
     window.refuse(values, str(source), "ONNX Runtime GenAI")
-    keys_values.refuse(values, str(source), "ONNX Runtime GenAI")
+    if not (config.device == "cpu" and keys_values.asked(values.get("quantization_config"), str(source)) == "int"):
+        keys_values.refuse(values, str(source), f"ONNX Runtime on {config.device}", INT8)
     if values["model_type"] not in BUILT:
         raise ModelError(
             f"{source} is a {values['model_type']} model, which ONNX Runtime GenAI's builder does not know. "
@@ -133,13 +137,25 @@ def write_floats(source: Path, out: Path) -> None:
     decoder.copy_rest(source, out, changes)
 
 
-def build(floats: Path, out: Path, config: Config) -> None:
+def cache_scales(source: Path, file: Path) -> list[str]:
+    """Write down by what keys and values are divided. Returns the builder's options for it, none for floats."""
+    values = hf.read_config(source)
+    if not keys_values.asked(values.get("quantization_config"), str(source)):
+        return []
+    kind = decoder.family(values, source)
+    attentions = [f"{kind.layers}.{i}.{kind.attention}" for i in range(layerwise.depth(source))]
+    keys, value = keys_values.scales(Weights(source), attentions)
+    file.write_text(json.dumps({"scales": {"k_scales": keys, "v_scales": value}}))
+    return ["kv_cache_quant_scheme=int8_per_tensor", f"kv_cache_scale_file={file}"]
+
+
+def build(floats: Path, out: Path, config: Config, more: list[str]) -> None:
     """Let the builder make the graph, in a process of its own: it takes module names that are too common to share."""
     precision = {"float32": "fp32", "float16": "fp16"}[config.dtype]
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(floats), "-o", str(out)]
     command += ["-p", precision, "-e", config.device, "-c", str(out.parent / "cache")]
     # a cache of a window's size would need its buffers laid out by the runtime, and saves nothing up to that length
-    command += ["--extra_options", "hf_token=false", "windowed_kv_cache=false"]
+    command += ["--extra_options", "hf_token=false", "windowed_kv_cache=false", *more]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out.parent)
     if done.returncode != 0 or not (out / "model.onnx").is_file():

@@ -4,8 +4,8 @@ With long texts or many at once it is the cache that fills a GPU, not the weight
 all of it. Each layer gets one scale for its keys, as they are cached, behind their rotary positions, and one for its
 values: the largest of each on calibration text fills the 8 bits, and what is larger later becomes that. E4M3 floats
 (fp8) are what vLLM reads; it turns such a cache on by itself when it loads the folder. Whole numbers (int8) err less
-where no channel is much louder than the rest; key_error and value_error tell. compressed-tensors runs both, but vLLM
-would take int8's scales for E4M3's: do not serve that there.
+where no channel is much louder than the rest; key_error and value_error tell. compressed-tensors runs both, and
+export.genai carries int8 into ONNX Runtime's cache; vLLM would take int8's scales for E4M3's: do not serve that there.
 
 Weights stay as they are, to the byte, floats or packed: put this behind all else that changes weights. Needs
 calibration text, one layer of memory and its inputs.
