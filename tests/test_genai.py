@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slimline import artifact, decoder, grid, language, layerwise, packed, probe, step
+from slimline import artifact, decoder, grid, keys_values, language, layerwise, packed, probe, step
 from slimline.errors import ConfigError, ModelError
 from slimline.export import genai
 from slimline.packed import Integers, Scheme
@@ -251,8 +251,15 @@ def test_keys_and_values_of_int8_are_kept_as_int8_and_say_what_the_source_says(p
     assert language.load(package).generate(PROMPTS, SHORT) == language.load(cached).generate(PROMPTS, SHORT)
 
 
+def test_keys_and_values_of_int8_behind_wrong_scales_are_found(place, cached, documents, tmp_path, monkeypatch):
+    right = keys_values.scales
+    monkeypatch.setattr(keys_values, "scales", lambda *given: [[x / 4 for x in part] for part in right(*given)])
+    with pytest.raises(ModelError, match="nats from its source, not at most 0.005"):
+        export(cached, tmp_path / "out", data=documents, head_bits=0)
+
+
 def test_keys_and_values_of_fp8_are_refused_with_what_to_do_instead(place, floats, documents, tmp_path):
     (tmp_path / "fp8").mkdir()
     kv_cache.run(floats, tmp_path / "fp8", kv_cache.Config(data=documents, windows=4, length=16))
-    with pytest.raises(ModelError, match=r"on cpu knows nothing\. On cpu .* kv_cache with form=int8"):
+    with pytest.raises(ModelError, match=r"on cpu knows nothing\. On cpu .* form=int8"):
         export(tmp_path / "fp8", tmp_path / "out", data=documents)
