@@ -208,6 +208,18 @@ def test_every_family_answers_nearer_to_its_source_than_rounded_to_the_nearest(k
     assert 0 < numbers["relative_error"] < 0.3 and numbers["damped_maps"] == 0
 
 
+def test_rounding_to_the_nearest_narrows_no_range_beside_zero_points(tmp_path):
+    source, found = make_decoder("llama", tmp_path / "source", layers=1), {}
+    for symmetric in (True, False):
+        for search in (True, False):
+            out = tmp_path / f"{symmetric}-{search}"
+            out.mkdir()
+            rtn.run(source, out, rtn.Config(bits=3, group_size=32, symmetric=symmetric, search=search))
+            found[symmetric, search] = logits(out, torch.arange(20)[None])
+    assert not torch.equal(found[True, True], found[True, False])
+    assert torch.equal(found[False, True], found[False, False])
+
+
 @pytest.mark.parametrize(
     "more",
     [{"symmetric": False, "bits": 4}, {"act_order": False, "bits": 8}, {"true_sequential": False, "correction": 0}],

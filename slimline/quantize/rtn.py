@@ -2,7 +2,8 @@
 
 The simplest way to 2 to 8 bits, and what all others are measured against. At 8 bits nothing is lost; at 4 bits it costs
 small models a third of their perplexity. With `search` each group's range is narrowed where that lowers its squared
-error. Needs no calibration text, one layer of memory and seconds.
+error, but not beside zero points: there, with no inputs to say which weights matter, it took SmolLM2 from a perplexity
+of 61.6 to 67.5. Needs no calibration text, one layer of memory and seconds.
 
 Shapes: O = outputs, I = inputs.
 """
@@ -31,7 +32,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
         packing, error, weight = {}, 0.0, 0.0
         for name in kind.maps:
             weight_OI = layer.weight(name)
-            scale_OG, zero_OG = grid.fit(weight_OI, scheme, search=config.search)
+            scale_OG, zero_OG = grid.fit(weight_OI, scheme, search=config.search and config.symmetric)
             whole = packed.Integers(grid.nearest(weight_OI, scale_OG, zero_OG, scheme.bits), scale_OG, zero_OG)
             error += float((whole.floats() - weight_OI).square().sum())
             weight += float(weight_OI.square().sum())
