@@ -21,7 +21,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from slimline.errors import DataError
 
@@ -65,10 +65,17 @@ class Examples:
         return np.array([index[label] for label in self.labels], dtype=np.int64)
 
 
-def read(path: Path, split: str, labels: Sequence[str] | None = None) -> Examples:
-    """The rows of one split, after the whole file was checked. With `labels`, a label outside them is a DataError."""
-    if split not in SPLITS:
-        raise DataError(f"no split {split!r}. The splits are: {', '.join(SPLITS)}.")
+class Labelled(NamedTuple):
+    """One row, and the split that it belongs to."""
+
+    id: str
+    text: str
+    label: str
+    split: str
+
+
+def rows(path: Path, labels: Sequence[str] | None = None) -> list[Labelled]:
+    """Every row of a checked file. With `labels`, a label outside them is a DataError."""
     rows = _rows(path)
     found = [_example(path, number, row, labels) for number, row in enumerate(rows, 1)]
     names = {label for _, _, label in found}
@@ -77,11 +84,19 @@ def read(path: Path, split: str, labels: Sequence[str] | None = None) -> Example
     _refuse_repeated_ids(path, [row_id for row_id, _, _ in found])
     given = "split" in rows[0]
     where = _given_splits(path, rows, found) if given else [assign_split(text) for _, text, _ in found]
-    chosen = [example for example, place in zip(found, where) if place == split]
+    return [Labelled(*example, split) for example, split in zip(found, where)]
+
+
+def read(path: Path, split: str, labels: Sequence[str] | None = None) -> Examples:
+    """The rows of one split, after the whole file was checked. With `labels`, a label outside them is a DataError."""
+    if split not in SPLITS:
+        raise DataError(f"no split {split!r}. The splits are: {', '.join(SPLITS)}.")
+    found = rows(path, labels)
+    chosen = [row for row in found if row.split == split]
     if not chosen:
-        raise DataError(f"{path} has no row in split {split!r} ({len(rows)} rows in all). Add rows to that split.")
-    known = tuple(sorted(labels)) if labels is not None else tuple(sorted(names))
-    return Examples([i for i, _, _ in chosen], [t for _, t, _ in chosen], [n for _, _, n in chosen], known)
+        raise DataError(f"{path} has no row in split {split!r} ({len(found)} rows in all). Add rows to that split.")
+    known = tuple(sorted(labels)) if labels is not None else tuple(sorted({row.label for row in found}))
+    return Examples([row.id for row in chosen], [row.text for row in chosen], [row.label for row in chosen], known)
 
 
 @dataclass(frozen=True)

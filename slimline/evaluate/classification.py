@@ -1,9 +1,10 @@
 """Right or wrong, example by example, and what changed against a baseline.
 
 Every example of a split is answered once; the answers go to predictions.parquet in the data's order, so that a
-judge can compare two models example by example. Numbers: accuracy with Wilson's 95 % interval, macro F1, recall
-of each label, accuracy by length in tokens. Against a baseline on the same examples: agreement, flips both ways,
-and how far the probabilities moved, as mean KL(baseline || candidate) in nats.
+judge can compare two models example by example; without a baseline, what drift.py keeps of the whole data set lies
+beside them, for whoever asks later what has changed since. Numbers: accuracy with Wilson's 95 % interval, macro F1,
+recall of each label, accuracy by length in tokens. Against a baseline on the same examples: agreement, flips both
+ways, and how far the probabilities moved, as mean KL(baseline || candidate) in nats.
 
 Shapes: B = examples, L = labels.
 """
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from slimline import data, serve
+from slimline import data, drift, serve
 from slimline.data import SplitName
 from slimline.errors import DataError, ModelError
 from slimline.technique import BaseConfig, Metrics, Stored, track
@@ -63,6 +64,8 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
         before_BL = baseline_logits(Path(config.baseline), examples.ids, predictor.labels)
         metrics |= compare(true_B, before_BL, logits_BL)
     _write(out / PREDICTIONS, examples, predictor.labels, logits_BL, length_B)
+    if not config.baseline:
+        drift.write(drift.look(Path(config.data)), out)
     return metrics
 
 
