@@ -62,7 +62,7 @@ ui: $(VENV)/run.stamp ## Show the store in MLflow's own page
 	$(BIN)/slimline ui --port $(PORT)
 
 compile: $(VENV)/run.stamp ## Compile pipelines/*.py into slimline/compiled/*.yaml
-	@for source in $(filter-out pipelines/__init__.py,$(wildcard pipelines/*.py)); do \
+	@for source in $(filter-out pipelines/_%,$(wildcard pipelines/*.py)); do \
 		name=$$(basename $$source .py); \
 		$(BIN)/slimline compile $$source -o slimline/compiled/$$name.yaml || exit; \
 	done

@@ -10,6 +10,7 @@ def evaluate_quality(
     source: str,
     data: str,
     metrics: dsl.Output[dsl.Metrics],
+    answers: dsl.Output[dsl.ClassificationMetrics],
     baseline: str = "",
     method: str = "classification",
     split: str = "test",
@@ -21,6 +22,7 @@ def evaluate_quality(
         source: Ref of the model to measure.
         data: Ref of the data set.
         metrics: What was measured.
+        answers: Which label was taken for which and, of two labels, the ROC; for the Kubeflow page.
         baseline: Ref of the evaluation to compare with; empty for the baseline itself.
         method: A file in slimline/evaluate.
         split: Which part of the data is read.
@@ -29,11 +31,12 @@ def evaluate_quality(
     Returns:
         Ref of the evaluation: the answer to every example.
     """
-    from slimline import step
+    from slimline import display, step
 
     knobs = {"data": data, "baseline": baseline, "split": split}
     ref, numbers = step.run(f"evaluate.{method}", source, {**knobs, **options})
     metrics.metadata.update(numbers)
+    display.answers(ref, answers)
     return ref
 
 

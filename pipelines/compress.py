@@ -15,13 +15,15 @@ from components.quantize_llm import quantize_llm
 from components.register import register
 from components.report import report
 from components.train import train
+from pipelines._cluster import on_cluster
 
 
 @dsl.pipeline(name="compress", description="A model whose weights are 4-bit integers, in the form that vLLM loads.")
+@on_cluster
 def compress(
-    source: str,
-    data: str,
-    name: str,
+    source: str = "",
+    data: str = "",
+    name: str = "",
     margin: float = 0.02,
     seed: int = 0,
     fetch_method: str = "local",

@@ -12,12 +12,14 @@ from components.export_engine import export_engine
 from components.fetch import fetch
 from components.quantize import quantize
 from components.train import train
+from pipelines._cluster import on_cluster
 
 
 @dsl.pipeline(name="engine", description="A TensorRT engine of a model, with profiles for the lengths of the data.")
+@on_cluster
 def engine(
-    source: str,
-    data: str,
+    source: str = "",
+    data: str = "",
     fetch_method: str = "local",
     train_method: str = "none",
     train_options: dict = {},
@@ -25,7 +27,7 @@ def engine(
     quantize_method: str = "fp16",
     quantize_options: dict = {},
     engine_options: dict = {},
-) -> str:
+):
     """Build an engine for NVIDIA GPUs.
 
     Args:
@@ -38,12 +40,9 @@ def engine(
         quantize_method: The types that the engine works in. fp16, bf16, int8_static, fp8, int4_weights, or none.
         quantize_options: What only the quantization method knows.
         engine_options: What only the engine knows, such as {"profiles": 3, "compute_capabilities": ["8.9"]}.
-
-    Returns:
-        Ref of the engine.
     """
     fetched = fetch(source=source, method=fetch_method).outputs["Output"]
     base = train(source=fetched, data=data, method=train_method, options=train_options).outputs["Output"]
     graph = export(source=base, data=data, fuse=False, options=export_options).outputs["Output"]
     typed = quantize(source=graph, data=data, method=quantize_method, options=quantize_options).outputs["Output"]
-    return export_engine(source=typed, data=data, options=engine_options).outputs["Output"]
+    export_engine(source=typed, data=data, options=engine_options)

@@ -24,14 +24,16 @@ from components.language import (
 from components.promote import promote
 from components.register import register
 from components.report import report
+from pipelines._cluster import on_cluster
 
 
 @dsl.pipeline(name="language", description="The smallest, fastest version of a language model within its limits.")
+@on_cluster
 def language(
-    source: str,
-    data: str,
-    task: str,
-    name: str,
+    source: str = "",
+    data: str = "",
+    task: str = "",
+    name: str = "",
     margin: float = 0.12,
     seed: int = 0,
     fetch_method: str = "local",

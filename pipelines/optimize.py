@@ -19,13 +19,15 @@ from components.quantize import quantize
 from components.register import register
 from components.report import report
 from components.train import train
+from pipelines._cluster import on_cluster
 
 
 @dsl.pipeline(name="optimize", description="The smallest, fastest version of a model within a quality limit.")
+@on_cluster
 def optimize(
-    source: str,
-    data: str,
-    name: str,
+    source: str = "",
+    data: str = "",
+    name: str = "",
     margin: float = 0.02,
     seed: int = 0,
     fetch_method: str = "local",

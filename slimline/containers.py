@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from slimline import recipe
 from slimline.errors import ConfigError, SlimlineError, StoreError
 from slimline.fetch import local
 
@@ -30,8 +32,11 @@ NOBODY = 10001
 LIBRARY = "/opt/library"
 """Where the images look for packages; one that a ref names is shown there."""
 
+LAST = "finish"
+"""The step that runs however the others ended."""
 PASSED = ("AWS_", "MLFLOW_", "SLIMLINE_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "OMP_NUM_THREADS")
 LABEL = "slimline.launcher"
+PLACEHOLDER = re.compile(r"\{\{\$\.inputs\.parameters\['(.+)'\]\}\}")
 
 
 @contextlib.contextmanager
@@ -89,16 +94,20 @@ class Containers:
         self.environment |= {"HOME": "/tmp", "TMPDIR": "/tmp"}
         self.network = network or network_for(environment["MLFLOW_TRACKING_URI"])
         self.inputs = inputs(values)
-        self.memory = memory_limits(spec)
+        self.memory = memory_limits(spec, values)
         self.container: Any = None
 
     def run(self, client: Any, image: str, command: list[str], volumes: dict[str, Any], **given: Any) -> int:
         """Run one step to its end and return its exit code; what else went wrong is in `failure`."""
+        last = argument(command, "--function_to_execute") == LAST
+        if self.exit_code and not last:
+            return self.exit_code  # kfp.local goes on with what does not depend on the step that failed
         try:
-            self.exit_code = self._run(client, image, command, volumes, **given)
+            code = self._run(client, image, command, volumes, **given)
         except SlimlineError as error:
-            self.failure, self.exit_code = error, error.exit_code
-        return self.exit_code
+            self.failure, code = self.failure or error, error.exit_code
+        self.exit_code = self.exit_code or code
+        return code
 
     def _run(self, client: Any, image: str, command: list[str], volumes: dict[str, Any], **given: Any) -> int:
         import docker
@@ -111,7 +120,7 @@ class Containers:
                 **given,
                 **self._places(Path(folder), volumes),
                 **_devices(client),
-                "environment": {**self.environment, **given.get("environment", {})},
+                "environment": {**given.get("environment", {}), **self.environment},
                 "network_mode": self.network,
                 "read_only": True,
                 "cap_drop": ["ALL"],
@@ -215,13 +224,15 @@ def require_readable(paths: Iterable[Path]) -> None:
             )
 
 
-def memory_limits(spec: dict[str, Any]) -> dict[str, str]:
+def memory_limits(spec: dict[str, Any], values: dict[str, Any]) -> dict[str, str]:
     """What a compiled pipeline allows each step, by the name of its function, such as 4G."""
     limits = {}
-    for executor in spec["deploymentSpec"]["executors"].values():
-        container = executor.get("container", {})
+    for step in recipe.steps(spec, values):
+        container = spec["deploymentSpec"]["executors"][step.executor].get("container", {})
         resources = container.get("resources", {})
         limit = resources.get("resourceMemoryLimit") or resources.get("memoryLimit")
+        if isinstance(limit, str) and (channel := PLACEHOLDER.fullmatch(limit)):
+            limit = step.given[channel[1]]
         if limit:
             size = limit if isinstance(limit, str) else f"{int(limit * 1e9)}"
             limits[argument(container["args"], "--function_to_execute")] = size.removesuffix("i")

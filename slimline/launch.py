@@ -9,6 +9,7 @@ runs in a container of its own (containers.py), as on a cluster.
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import json
 import multiprocessing
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from slimline import errors, gate, recipe, store
-from slimline.containers import Containers, engine, inputs, require_readable
+from slimline.containers import LAST, Containers, argument, engine, inputs, require_readable
 from slimline.errors import ConfigError, SlimlineError
 
 Event = dict[str, Any]
@@ -85,7 +86,8 @@ def run(
     folder.mkdir(parents=True)
     log, events = folder / "log.txt", folder / "events.jsonl"
     events.touch()
-    watch({"event": "run", "run_id": run_id, "log": str(log), "steps": len(spec["root"]["dag"]["tasks"])})
+    steps = [step for step in recipe.steps(spec, values) if step.name not in ("begin", LAST)]
+    watch({"event": "run", "run_id": run_id, "log": str(log), "steps": len(steps)})
     environment = {
         **os.environ, "SLIMLINE_PARENT_RUN": run_id, "SLIMLINE_PROGRESS": str(events),
         "MLFLOW_TRACKING_URI": store.uri(), "SLIMLINE_STORE": str(store.home()), "HF_HUB_OFFLINE": "1",
@@ -102,7 +104,7 @@ def run(
 
     try:
         with following(events, note):
-            _execute(file, values, folder, worker)
+            _execute(for_one_machine(spec, folder / "pipeline.yaml"), values, folder, worker)
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
@@ -137,6 +139,16 @@ def compile(pipeline: str, out: Path, images: Path | None = None) -> None:
             raise ConfigError(f"{images} has no {name}, which a step of {pipeline} runs in. Build it: make images.")
         text = text.replace(f" image: {name}\n", f" image: {built[name]}\n")
     out.write_text(text, encoding="utf-8")
+
+
+def for_one_machine(spec: dict[str, Any], out: Path) -> Path:
+    """The pipeline as kfp.local is to run it: a step that failed here would fail again, after a pause."""
+    whole = copy.deepcopy(spec)
+    for dag in (whole["root"], *whole["components"].values()):
+        for task in dag.get("dag", {}).get("tasks", {}).values():
+            task.pop("retryPolicy", None)
+    out.write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
+    return out
 
 
 def _compile_source(pipeline: str, out: Path) -> None:
@@ -209,15 +221,18 @@ class Worker:
 
         script = next(i for i, part in enumerate(full_command) if component_factory.EXECUTOR_MODULE in part)
         source, arguments = full_command[script + 1], full_command[script + 2 :]
+        if self.exit_code and argument(arguments, "--function_to_execute") != LAST:
+            return self.exit_code  # kfp.local goes on with what does not depend on the step that failed
         module = Path(tempfile.mkdtemp(dir=self.scratch)) / "ephemeral_component.py"
         module.write_text(source, encoding="utf-8")
         argv = ["executor", "--component_module_path", str(module), *arguments]
-        environment = {**self.environment, **(env_vars or {}), "_KFP_RUNTIME": "true"}
+        environment = {**(env_vars or {}), **self.environment, "_KFP_RUNTIME": "true"}
         self.process = self.context.Process(target=_task, args=(argv, environment, str(self.log)))
         self.process.start()
         self.process.join()
-        self.exit_code = int(self.process.exitcode)
-        return self.exit_code
+        code = int(self.process.exitcode)
+        self.exit_code = self.exit_code or code
+        return code
 
     def stop(self) -> None:
         """End the step that still runs, if any, and give it time to say so in the store."""

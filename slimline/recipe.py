@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -94,21 +95,35 @@ def check(spec: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"the pipeline has no parameter {name!r}.{hint} It has: {', '.join(sorted(known))}.")
     whole = {}
     for name, definition in known.items():
+        if values.get(name, definition.get("defaultValue")) == "" and name in REQUIRED:
+            raise _missing(name, definition)
         if name in values:
             whole[name] = _typed(name, values[name], definition["parameterType"])
         elif "defaultValue" in definition:
             default = definition["defaultValue"]
             whole[name] = int(default) if definition["parameterType"] == "NUMBER_INTEGER" else default
         else:
-            meaning = definition.get("description", "").rstrip(".")
-            raise ConfigError(
-                f"parameter {name!r} is required ({meaning}). Put it into the recipe, or --set {name}=..."
-            )
+            raise _missing(name, definition)
     _check_techniques(spec, whole)
     if "margin" in whole:
         gate.limits_from({"margin": whole["margin"], **whole.get("gate_options", {})})
     _check_files(whole)
     return whole
+
+
+def _missing(name: str, definition: dict[str, Any]) -> ConfigError:
+    meaning = definition.get("description", "").rstrip(".")
+    return ConfigError(f"parameter {name!r} is required ({meaning}). Put it into the recipe, or --set {name}=...")
+
+
+def whole_numbers(spec: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The values with 3 for 3.0 where a whole number is meant: Kubeflow keeps all numbers as floats."""
+    known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
+    kinds = {name: definition["parameterType"] for name, definition in known.items()}
+    return {
+        name: int(value) if kinds.get(name) == "NUMBER_INTEGER" and float(value).is_integer() else value
+        for name, value in values.items()
+    }
 
 
 def _typed(name: str, value: Any, kind: str) -> Any:
@@ -127,24 +142,52 @@ def _typed(name: str, value: Any, kind: str) -> Any:
 
 def _check_techniques(spec: dict[str, Any], values: dict[str, Any]) -> None:
     """Find and configure every technique that will run, with stand-ins for what earlier steps will make."""
-    for task in spec["root"]["dag"]["tasks"].values():
-        stage = re.sub(r"^comp-|-\d+$", "", task["componentRef"]["name"]).split("-")[0]
-        component = spec["components"][task["componentRef"]["name"]]["inputDefinitions"]["parameters"]
-        given = {}
-        for key, definition in component.items():
-            given[key] = _argument(task["inputs"]["parameters"].get(key, {}), definition, values)
+    for step in steps(spec, values):
+        stage, given = step.name.split("-")[0], step.given
         method, options = given.get("method"), given.get("options") or {}
         if stage not in technique.STAGES or not isinstance(method, str) or method == "none":
             continue
         module = technique.find(f"{stage}.{method}")
-        knobs = {k: v for k, v in given.items() if k not in ("method", "options", "source") and v not in (None, "")}
+        plumbing = ("method", "options", "source", *RESOURCES)
+        knobs = {
+            k: v for k, v in given.items() if k not in plumbing and not k.startswith(CHANNEL) and v not in (None, "")
+        }
         offered = {k: v for k, v in knobs.items() if k in technique.OFFERED}
         demanded = {k: v for k, v in knobs.items() if k not in technique.OFFERED}
         technique.configure(module, technique.taken(module, {**demanded, **options}, offered))
 
 
+class Step(NamedTuple):
+    """A step of a compiled pipeline: its port's name, the label of its container, and what it will be given."""
+
+    name: str
+    executor: str
+    given: dict[str, Any]
+
+
+def steps(spec: dict[str, Any], values: dict[str, Any], dag: dict[str, Any] | None = None) -> Iterator[Step]:
+    """All steps, those inside an exit handler or another group too, with what the pipeline's values make of each."""
+    for task in (dag or spec["root"]["dag"])["tasks"].values():
+        component = spec["components"][task["componentRef"]["name"]]
+        wanted = component.get("inputDefinitions", {}).get("parameters", {})
+        found = task.get("inputs", {}).get("parameters", {})
+        given = {key: _argument(found.get(key, {}), wanted.get(key, {}), values) for key in (*wanted, *found)}
+        if "dag" in component:
+            yield from steps(spec, given, component["dag"])
+        else:
+            name = re.sub(r"^comp-|-\d+$", "", task["componentRef"]["name"])
+            yield Step(name, component["executorLabel"], given)
+
+
 FILES = ("source", "data", "task")
 """Parameters that name something on disk: relative to the recipe, and there before anything runs."""
+REQUIRED = (*FILES, "name")
+"""Parameters that have no default but an empty one, so that a form can be opened without them."""
+CHANNEL = "pipelinechannel--"
+RESOURCES = (
+    "cpu_limit", "cpu_request", "memory_limit", "memory_request", "accelerator_type", "accelerator_count",
+)  # fmt: skip
+"""What KFP adds to a step's inputs when it asks for resources by parameter."""
 PENDING = "made by an earlier step"
 
 
@@ -154,7 +197,7 @@ def _argument(given: dict[str, Any], definition: dict[str, Any], values: dict[st
     if "taskOutputParameter" in given:
         return PENDING
     value = given.get("runtimeValue", {}).get("constant", definition.get("defaultValue"))
-    integral = definition["parameterType"] == "NUMBER_INTEGER" and value is not None
+    integral = definition.get("parameterType") == "NUMBER_INTEGER" and value is not None
     return int(value) if integral else value
 
 

@@ -144,7 +144,7 @@ def register(name: str, source: str, verdict_ref: str) -> int:
         tags = {
             "verdict": verdict.status, "verdict_ref": verdict_ref, "digest": candidate.digest,
             "limits": asked.limits.digest(), "format": manifest.format, "base": manifest.base,
-            "pipeline_run": os.environ.get("SLIMLINE_PARENT_RUN", ""),
+            "pipeline_run": store.pipeline_run(),
         }  # fmt: skip
         version = store.register(
             name, source, key=f"{candidate.digest}-{asked.limits.digest()}",
@@ -280,6 +280,8 @@ def show(ref: str, numbers: Metrics, model: Any, metrics: Any) -> str:
         "ref": ref, "format": manifest.format, "digest": manifest.digest,
         "size_mb": round(manifest.size_bytes / 1e6, 3), "history": " > ".join(s.technique for s in manifest.history),
     }  # fmt: skip
+    if ref.startswith("runs:/") and (page := store.page_of(store.run_id_of(ref))):
+        card["mlflow"] = page
     model.metadata.update(card)
     Path(model.path).write_text(json.dumps(card, indent=2), encoding="utf-8")
     return ref

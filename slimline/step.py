@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slimline import allowlist, artifact, decoder, engine, probe, progress, store, technique, unfinished
+from slimline import allowlist, artifact, attempt, decoder, engine, probe, progress, store, technique, unfinished
 from slimline.artifact import Manifest, Stage
 from slimline.errors import ConfigError, ModelError, SlimlineError, StoreError
 from slimline.fetch import local
@@ -314,18 +314,21 @@ def _is_module(name: str) -> bool:
 def reporting(name: str) -> Iterator[None]:
     """Tell the watcher that a step starts and, if it fails, why; a full disk is said as what it is."""
     progress.emit("start", name)
+    attempt.refuse_in_vain(name)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(SystemExit(143)))
     try:
         yield
     except SlimlineError as error:
         progress.emit("error", name, kind=type(error).__name__, message=str(error))
+        attempt.note(name, type(error).__name__, str(error))
         raise
     except Exception as error:
         known = _disk_full(error)
         message = str(known) if known else f"{name} failed unexpectedly: {type(error).__name__}: {error}"
         kind = "StoreError" if known else "SlimlineError"
         progress.emit("error", name, kind=kind, message=message, traceback=traceback.format_exc())
+        attempt.note(name, kind, message)
         if known:
             raise known from error
         raise

@@ -59,6 +59,8 @@ from slimline.errors import ConfigError, StoreError
 
 PREFIX = "slimline."
 LIVE = "RUNNING"
+PIPELINE_RUN = PREFIX + "pipeline_run"
+"""The tag that ties a run here to a run of Kubeflow's."""
 
 
 def home() -> Path:
@@ -141,18 +143,17 @@ def experiment(name: str) -> str:
     return str(found.experiment_id)
 
 
-def start_pipeline(name: str, experiment_name: str, recipe: dict[str, Any], command: str) -> str:
-    """A parent run for a pipeline run, with its recipe, command and environment as artifacts. Returns its id."""
+def start_pipeline(name: str, pipeline: str, recipe: dict[str, Any], command: str) -> str:
+    """The run that a pipeline run's steps hang under, with its recipe, command and environment. Returns its id.
+
+    It is a new one on this machine, the one of this Kubeflow run on a cluster, and the one that Kubeflow's own MLflow
+    plug-in has made, where it is on.
+    """
     with speaking():
-        tags = {
-            "mlflow.runName": name,
-            PREFIX + "pipeline": experiment_name,
-            PREFIX + "command": command,
-            **_process_tags(),
-        }
-        run = client().create_run(experiment(experiment_name), tags=tags, run_name=name)
-        run_id = str(run.info.run_id)
+        run_id = pipeline_run() or str(client().create_run(experiment(pipeline), run_name=name).info.run_id)
         log_params(run_id, recipe)
+        tags = {PREFIX + "pipeline": pipeline, PREFIX + "command": command, **_process_tags()}
+        set_tags(run_id, tags if joined_run() else {"mlflow.runName": name, **tags})
         client().log_dict(run_id, recipe, "recipe.yaml")
         packages = sorted(f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions())
         client().log_text(run_id, "\n".join(dict.fromkeys(packages)) + "\n", "environment.txt")
@@ -164,6 +165,85 @@ def end(run_id: str, status: str = "FINISHED") -> None:
         client().set_terminated(run_id, status)
 
 
+def pipeline_run() -> str:
+    """The id of the run that the steps of this pipeline run hang under; "" for a step on its own.
+
+    The launcher of this machine names it. On a cluster it is what Kubeflow's MLflow plug-in has put this step's run
+    under, or else the run with the tag of this Kubeflow run, found or made.
+    """
+    if named := os.environ.get("SLIMLINE_PARENT_RUN", ""):
+        return named
+    if joined := joined_run():
+        return tags(joined).get("mlflow.parentRunId", "")
+    key = os.environ.get("SLIMLINE_PIPELINE_RUN", "")
+    if not key:
+        return ""
+    parts = (os.environ.get("SLIMLINE_NAMESPACE", ""), os.environ.get("SLIMLINE_PIPELINE", "slimline"))
+    return _run_of(uri(), "/".join(filter(None, parts)), key)
+
+
+@lru_cache(maxsize=8)
+def _run_of(where: str, experiment_name: str, key: str) -> str:
+    """The run with this key. The first step of a pipeline makes it and all others wait for that; if an answer was lost
+    and there are two, everybody takes the older.
+    """
+    with speaking():
+        place = experiment(experiment_name)
+
+        def found() -> list[Run]:
+            return list(client().search_runs([place], f"tags.`{PIPELINE_RUN}` = '{key}'"))
+
+        if not found():
+            client().create_run(place, tags={PIPELINE_RUN: key}, run_name=experiment_name)
+        return str(min((run.info.start_time, run.info.run_id) for run in found())[1])
+
+
+def joined_run() -> str:
+    """The run that Kubeflow's MLflow plug-in has made for this step in this very store; "" without one."""
+    run_id = os.environ.get("MLFLOW_RUN_ID", "")
+    return run_id if run_id and _is_here(uri(), run_id) else ""
+
+
+@lru_cache(maxsize=8)
+def _is_here(where: str, run_id: str) -> bool:
+    with speaking():
+        try:
+            client().get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False  # the plug-in works on another server than we do
+        return True
+
+
+def close_pipeline(run_id: str, status: str) -> list[str]:
+    """End a pipeline's run, and what was still at work under it. Returns the names of those steps.
+
+    What Kubeflow's MLflow plug-in has made is left to it.
+    """
+    with speaking():
+        place = client().get_run(run_id).info.experiment_id
+        where = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = '{LIVE}'"
+        mine = joined_run()
+        lost = [run for run in client().search_runs([place], where) if run.info.run_id != mine]
+        if not mine:
+            for run in lost:
+                client().set_terminated(run.info.run_id, "KILLED")
+            client().set_terminated(run_id, status)
+    return [str(run.data.tags.get(PREFIX + "technique") or run.info.run_name) for run in lost]
+
+
+def page_of(run_id: str = "", name: str = "", version: int | str = "") -> str:
+    """Where MLflow shows a run or a version: SLIMLINE_MLFLOW_URL, or the tracking server. "" if it has no page."""
+    base = (os.environ.get("SLIMLINE_MLFLOW_URL") or uri()).rstrip("/")
+    if not base.startswith("http"):
+        return ""
+    if name:
+        return f"{base}/#/models/{name}/versions/{version}"
+    with speaking():
+        return f"{base}/#/experiments/{client().get_run(run_id).info.experiment_id}/runs/{run_id}"
+
+
 @contextmanager
 def step_run(name: str, tags: dict[str, str], config: dict[str, Any]) -> Iterator[str]:
     """A run for one step: nested under the pipeline's, or the very run that Kubeflow injected.
@@ -171,9 +251,8 @@ def step_run(name: str, tags: dict[str, str], config: dict[str, Any]) -> Iterato
     Marked FINISHED at the end, FAILED on an error and KILLED on an interrupt; a run that was left RUNNING by a dead
     process of this machine is marked KILLED by the next one with the same key.
     """
-    parent = os.environ.get("SLIMLINE_PARENT_RUN", "")
     with speaking():
-        joined = os.environ.get("MLFLOW_RUN_ID", "")
+        joined, parent = joined_run(), pipeline_run()
         if joined:
             run_id = joined
         else:
@@ -204,9 +283,10 @@ def find_finished(key: str) -> str | None:
 
 def note_reuse(name: str, run_id: str) -> None:
     """Write into the pipeline's run that a step was taken from an earlier one."""
-    parent = os.environ.get("SLIMLINE_PARENT_RUN", "")
-    if parent:
+    if parent := pipeline_run():
         set_tags(parent, {f"{PREFIX}reused.{name}.{run_id[:8]}": run_id})
+    if joined := joined_run():  # which is this step's, and empty
+        set_tags(joined, {PREFIX + "technique": name, PREFIX + "reused": run_id})
 
 
 def log_params(run_id: str, params: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -32,9 +31,11 @@ def publish(
         page = gather(name, version, outcome, models, qualities, latency, verdict)
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text(report.render(page), encoding="utf-8")
-        run_id = os.environ.get("SLIMLINE_PARENT_RUN") or store.run_id_of(verdict)
+        run_id = store.pipeline_run() or store.run_id_of(verdict)
         where = keep(run_id, Path(file))
         store.tag_version(name, version, {store.PREFIX + "report": f"runs:/{run_id}/report.html"})
+        result = {"name": name, "version": version, "verdict": page.verdict.status, "outcome": outcome}
+        store.set_tags(run_id, {f"{store.PREFIX}result.{key}": str(value) for key, value in result.items()})
         progress.emit(
             "summary",
             "report",
@@ -70,7 +71,7 @@ def gather(
     rows[last.digest] = _with(rows[last.digest], _beside(asked.choices, asked.divergence), is_candidate=True)
     judged = artifact.read(store.fetch(asked.quality)).history[-1]
     answered = (asked.choices_baseline, asked.choices) if terms is LANGUAGE else (asked.baseline, asked.quality)
-    parent = os.environ.get("SLIMLINE_PARENT_RUN", "")
+    parent = store.pipeline_run()
     return report.Page(
         name=name,
         version=version,

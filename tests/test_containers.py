@@ -59,12 +59,15 @@ def test_a_file_that_only_its_owner_may_read_is_said_before_anything_runs(tmp_pa
     containers.require_readable([tmp_path])
 
 
-def test_memory_limits_are_those_of_the_compiled_pipeline():
-    made = spec()
-    assert containers.memory_limits(made) == {}
+def test_memory_limits_are_what_the_parameters_of_the_compiled_pipeline_say():
+    made, values = spec(), {"resources_memory": "6Gi", "resources_light_memory": "512Mi"}
+    limits = containers.memory_limits(made, values)
+    assert limits["train"] == limits["evaluate_quality"] == "6G"
+    assert limits["gate"] == limits["begin"] == limits["finish"] == "512M"
     made["deploymentSpec"]["executors"]["exec-train"]["container"]["resources"] = {"resourceMemoryLimit": "4Gi"}
     made["deploymentSpec"]["executors"]["exec-prune"]["container"]["resources"] = {"memoryLimit": 0.5}
-    assert containers.memory_limits(made) == {"train": "4G", "prune": "500000000"}
+    changed = containers.memory_limits(made, values)
+    assert changed["train"] == "4G" and changed["prune"] == "500000000"
 
 
 def test_an_output_that_was_not_written_is_missed(tmp_path):
