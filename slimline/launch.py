@@ -13,7 +13,6 @@ import ctypes
 import json
 import multiprocessing
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -27,9 +26,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from slimline import errors, gate, recipe, store
+from slimline import errors, gate, portable, recipe, store
 from slimline.containers import Containers, engine, inputs, require_readable
 from slimline.errors import ConfigError, SlimlineError
 
@@ -66,7 +63,8 @@ def run(
     Raises the SlimlineError that a step ended with; everything up to that step stays finished.
     """
     file = recipe.pipeline_file(pipeline)
-    spec = next(yaml.safe_load_all(file.read_text(encoding="utf-8")))
+    compiled = portable.read(file)
+    spec = compiled.spec
     values = recipe.check(spec, values)
     if "name" in values:
         store.check_name(values["name"])
@@ -86,6 +84,8 @@ def run(
     log, events = folder / "log.txt", folder / "events.jsonl"
     events.touch()
     watch({"event": "run", "run_id": run_id, "log": str(log), "steps": len(spec["root"]["dag"]["tasks"])})
+    for text in portable.notes(compiled, place.containers):
+        watch({"event": "note", "text": text})
     environment = {
         **os.environ, "SLIMLINE_PARENT_RUN": run_id, "SLIMLINE_PROGRESS": str(events),
         "MLFLOW_TRACKING_URI": store.uri(), "SLIMLINE_STORE": str(store.home()), "HF_HUB_OFFLINE": "1",
@@ -121,22 +121,19 @@ def compile(pipeline: str, out: Path, images: Path | None = None) -> None:
     """Write a compiled pipeline: from its Python source if `pipeline` is a .py file, else the one that comes along.
 
     `images` is what `make images` wrote: the steps then name the images that were built, by digest where it is known.
+    Raises ConfigError for a pipeline that would not mean the same here and on a cluster (portable.py).
     """
     if pipeline.endswith(".py"):
         _compile_source(pipeline, out)
     else:
         shutil.copyfile(recipe.pipeline_file(pipeline), out)
-    if images is None:
-        return
-    if not images.is_file():
-        raise ConfigError(f"{images} does not exist. `make images` writes build/images.json.")
-    built, text = json.loads(images.read_text(encoding="utf-8")), out.read_text(encoding="utf-8")
-    for name in sorted(set(re.findall(r"^ +image: (slimline-\S+)$", text, re.MULTILINE))):
-        if name not in built:
-            out.unlink()
-            raise ConfigError(f"{images} has no {name}, which a step of {pipeline} runs in. Build it: make images.")
-        text = text.replace(f" image: {name}\n", f" image: {built[name]}\n")
-    out.write_text(text, encoding="utf-8")
+    try:
+        if images is not None:
+            out.write_text(portable.with_images(out.read_text(encoding="utf-8"), images, pipeline), encoding="utf-8")
+        portable.require(portable.read(out), pipeline)
+    except ConfigError:
+        out.unlink()
+        raise
 
 
 def _compile_source(pipeline: str, out: Path) -> None:
