@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from slimline import __version__, recipe, technique
+from slimline import __version__, cluster_cli, recipe, technique
 from slimline.errors import ConfigError, GateError, SlimlineError
 from slimline.view import View, results_table
 
@@ -47,7 +47,7 @@ def run(
     """Run a pipeline on this machine; finished steps are reused."""
     from slimline import launch
 
-    values = _merge(recipe.read(file) if file else {}, recipe.assign(set_ or []))
+    values = recipe.merge(recipe.read(file) if file else {}, recipe.assign(set_ or []))
     with View(err) as view:
         outcome = launch.run(pipeline, values, view.on_event, place=launch.Place(docker, network))
     summary = outcome.summary
@@ -343,6 +343,9 @@ def ui(port: Annotated[int, typer.Option(help="Where it listens.")] = 5000) -> N
     os.execv(sys.executable, command)
 
 
+app.registered_commands += cluster_cli.app.registered_commands
+
+
 @app.callback(invoke_without_command=True)
 def about(
     version: Annotated[bool, typer.Option("--version", help="Say the version and stop.")] = False,
@@ -350,15 +353,6 @@ def about(
     if version:
         out.print(f"slimline {__version__}")
         raise typer.Exit
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` wins; mappings are merged."""
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
 
 
 def main() -> NoReturn:

@@ -14,7 +14,6 @@ import ctypes
 import json
 import multiprocessing
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -30,7 +29,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from slimline import errors, gate, recipe, store
+from slimline import errors, gate, portable, recipe, store
 from slimline.containers import LAST, Containers, argument, engine, inputs, require_readable
 from slimline.errors import ConfigError, SlimlineError
 
@@ -67,7 +66,8 @@ def run(
     Raises the SlimlineError that a step ended with; everything up to that step stays finished.
     """
     file = recipe.pipeline_file(pipeline)
-    spec = next(yaml.safe_load_all(file.read_text(encoding="utf-8")))
+    compiled = portable.read(file)
+    spec = compiled.spec
     values = recipe.check(spec, values)
     if "name" in values:
         store.check_name(values["name"])
@@ -88,6 +88,8 @@ def run(
     events.touch()
     steps = [step for step in recipe.steps(spec, values) if step.name not in ("begin", LAST)]
     watch({"event": "run", "run_id": run_id, "log": str(log), "steps": len(steps)})
+    for text in portable.notes(compiled, place.containers) if pipeline not in recipe.pipelines() else ():
+        watch({"event": "note", "text": text})
     environment = {
         **os.environ, "SLIMLINE_PARENT_RUN": run_id, "SLIMLINE_PROGRESS": str(events),
         "MLFLOW_TRACKING_URI": store.uri(), "SLIMLINE_STORE": str(store.home()), "HF_HUB_OFFLINE": "1",
@@ -123,22 +125,19 @@ def compile(pipeline: str, out: Path, images: Path | None = None) -> None:
     """Write a compiled pipeline: from its Python source if `pipeline` is a .py file, else the one that comes along.
 
     `images` is what `make images` wrote: the steps then name the images that were built, by digest where it is known.
+    Raises ConfigError for a pipeline that would not mean the same here and on a cluster (portable.py).
     """
     if pipeline.endswith(".py"):
         _compile_source(pipeline, out)
     else:
         shutil.copyfile(recipe.pipeline_file(pipeline), out)
-    if images is None:
-        return
-    if not images.is_file():
-        raise ConfigError(f"{images} does not exist. `make images` writes build/images.json.")
-    built, text = json.loads(images.read_text(encoding="utf-8")), out.read_text(encoding="utf-8")
-    for name in sorted(set(re.findall(r"^ +image: (slimline-\S+)$", text, re.MULTILINE))):
-        if name not in built:
-            out.unlink()
-            raise ConfigError(f"{images} has no {name}, which a step of {pipeline} runs in. Build it: make images.")
-        text = text.replace(f" image: {name}\n", f" image: {built[name]}\n")
-    out.write_text(text, encoding="utf-8")
+    try:
+        if images is not None:
+            out.write_text(portable.with_images(out.read_text(encoding="utf-8"), images, pipeline), encoding="utf-8")
+        portable.require(portable.read(out), pipeline)
+    except ConfigError:
+        out.unlink()
+        raise
 
 
 def for_one_machine(spec: dict[str, Any], out: Path) -> Path:

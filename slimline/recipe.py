@@ -85,8 +85,20 @@ def assign(pairs: list[str]) -> dict[str, Any]:
     return values
 
 
-def check(spec: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """The values a pipeline will run with, defaults filled in. Raises ConfigError or DataError for what cannot be."""
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` wins; mappings are merged."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def check(spec: dict[str, Any], values: dict[str, Any], here: bool = True) -> dict[str, Any]:
+    """The values a pipeline will run with, defaults filled in. Raises ConfigError or DataError for what cannot be.
+
+    Files are looked for only where the pipeline runs `here`, on this machine.
+    """
     known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     for name in values:
         if name not in known:
@@ -107,7 +119,8 @@ def check(spec: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     _check_techniques(spec, whole)
     if "margin" in whole:
         gate.limits_from({"margin": whole["margin"], **whole.get("gate_options", {})})
-    _check_files(whole)
+    if here:
+        _check_files(whole)
     return whole
 
 

@@ -65,6 +65,9 @@ class View:
         self.steps = event["steps"]
         self._line(f"[dim]run {event['run_id']}, log {event['log']}[/dim]")
 
+    def _note(self, event: dict[str, Any]) -> None:
+        self._line(f"[dim]note: {escape(event['text'])}[/dim]")
+
     def _start(self, event: dict[str, Any]) -> None:
         self.began, self.tenth, self.what = time.monotonic(), -1, ""
         if self.bar:

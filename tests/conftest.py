@@ -1,4 +1,4 @@
-"""Fixtures for all tests: see stores.py for stores and tiny.py for models."""
+"""Fixtures for all tests: see stores.py for stores, tiny.py for models and kubeflow.py for a cluster."""
 
 import pytest
 from hypothesis import settings
@@ -30,6 +30,24 @@ def tiny_encoder(tmp_path):
 def tiny_data(tmp_path):
     """480 texts of uneven length that can be learned, split already."""
     return make_data(tmp_path / "tiny.parquet")
+
+
+@pytest.fixture
+def kubeflow():
+    """A Kubeflow for one team, which answers over HTTP and holds every request to the published description."""
+    from tests.kubeflow import Kubeflow
+
+    with Kubeflow() as standing:
+        yield standing
+    assert standing.wrong == []
+
+
+@pytest.fixture
+def cluster(kubeflow):
+    """A client of it that gives up soon."""
+    from tests.kubeflow import client
+
+    return client(kubeflow)
 
 
 @pytest.fixture(autouse=True, scope="session")
