@@ -45,4 +45,4 @@ def engine(
     base = train(source=fetched, data=data, method=train_method, options=train_options).outputs["Output"]
     graph = export(source=base, data=data, fuse=False, options=export_options).outputs["Output"]
     typed = quantize(source=graph, data=data, method=quantize_method, options=quantize_options).outputs["Output"]
-    export_engine(source=typed, data=data, options=engine_options)
+    export_engine(source=typed, data=data, options=engine_options).set_display_name("engine")

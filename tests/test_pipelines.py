@@ -213,12 +213,11 @@ def test_every_method_names_the_values_that_it_may_have(pipeline):
 
 
 @each_pipeline
-def test_parameters_stand_together_on_an_alphabetical_form(pipeline):
-    names = sorted(parameters(pipeline))
-    groups = [name.split("_")[0] for name in names if name not in ALONE]
-    together = [group for at, group in enumerate(groups) if at == 0 or groups[at - 1] != group]
-    assert len(together) == len(set(together))
-    assert "resources" in together
+def test_a_parameter_is_called_after_its_step_so_that_an_alphabetical_form_has_groups(pipeline):
+    steps = [task["taskInfo"]["name"] for _, task, _ in leaves(documents(pipeline)[0])]
+    for name in set(parameters(pipeline)) - ALONE:
+        group = name.split("_")[0]
+        assert group == "resources" or any(f"{step}-".startswith(f"{group}-") for step in steps), name
 
 
 @each_pipeline
