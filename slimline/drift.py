@@ -160,8 +160,8 @@ def only(inputs: Inputs, keep_N: Array) -> Inputs:
     """Some of the rows."""
     place_N = np.cumsum(keep_N) - 1
     kept_S = keep_N[inputs.sample_S]
-    columns = (column[keep_N] for column in inputs[:4])
-    return Inputs(*columns, place_N[inputs.sample_S[kept_S]], inputs.words_SH[kept_S])
+    text_N, split_N, label_N, length_N = (column[keep_N] for column in inputs[:4])
+    return Inputs(text_N, split_N, label_N, length_N, place_N[inputs.sample_S[kept_S]], inputs.words_SH[kept_S])
 
 
 def _labels(old_N: Array, new_N: Array) -> tuple[float, float]:
