@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from slimline import artifact, evidence, release, step, store
+from slimline import artifact, evidence, judging, step, store
 from slimline.evaluate import latency
 
 QUERIES = 2000
@@ -26,7 +26,7 @@ def main(name: str) -> None:
     """Time, write the table and the numbers behind it, and say where they are."""
     ref = name if name.startswith("models:/") else f"models:/{name}@champion"
     name = ref.removeprefix("models:/").partition("@")[0].partition("/")[0]
-    _, asked, _ = release.verdict_at(store.version_of(ref).tags[store.PREFIX + "verdict_ref"])
+    _, asked, _ = judging.verdict_at(store.version_of(ref).tags[store.PREFIX + "verdict_ref"])
     stage = artifact.read(store.fetch(asked.latency)).history[-1]
     base, served, *rest = (store.fetch(r) for r in stage.config["against"])
     quality = {

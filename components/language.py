@@ -4,6 +4,12 @@
 from kfp import dsl
 
 from components._port import port
+from components.champion import champion
+from components.promote import promote
+
+# The same steps, where language models load: both look at a version before the champion moves.
+champion_language = port("language")(champion.python_func)
+promote_language = port("language")(promote.python_func)
 
 
 @port("language")
@@ -313,7 +319,11 @@ def gate_language(
     choices: str,
     choices_baseline: str,
     metrics: dsl.Output[dsl.Metrics],
+    champion: str = "",
+    rival: str = "",
     margin: float = 0.12,
+    against_champion: bool = True,
+    require_approval: bool = False,
     options: dict = {},
 ) -> str:
     """Decide whether a language model stays within its limits: PASS, FAIL, INCONCLUSIVE or INVALID.
@@ -328,17 +338,22 @@ def gate_language(
         choices: Ref of the candidate's answers to multiple choice.
         choices_baseline: Ref of the baseline's answers.
         metrics: The verdict in numbers.
+        champion: Ref of the version that was champion when the pipeline began; empty if there was none.
+        rival: Ref of that version's perplexity on the same documents; empty if it was not measured.
         margin: By how much perplexity may grow, as a fraction (0.12 is twelve percent).
+        against_champion: Whether the candidate must hold against the champion as well.
+        require_approval: Whether a person must approve before it is promoted.
         options: Further limits, such as {"max_kl": 0.1}.
 
     Returns:
         Ref of the verdict.
     """
-    from slimline import release
+    from slimline import judging
 
-    limits = {"metric": "perplexity", "margin": margin, **options}
-    ref, numbers = release.judge(
-        name, source, quality, baseline, latency, limits, divergence, choices, choices_baseline
+    limits = {"metric": "perplexity", "margin": margin, "against_champion": against_champion}
+    limits |= {"require_approval": require_approval, **options}
+    ref, numbers = judging.judge(
+        name, source, quality, baseline, latency, limits, divergence, choices, choices_baseline, champion, rival
     )
     metrics.metadata.update(numbers)
     return ref

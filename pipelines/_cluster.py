@@ -21,7 +21,10 @@ from kfp.dsl import component_factory, pipeline_context, python_component
 
 from components.outcome import begin, finish
 
-LIGHT = ("begin", "finish", "gate", "gate-language", "register", "promote", "rollback", "report")
+LIGHT = (
+    "begin", "finish", "champion", "champion-language", "gate", "gate-language", "register", "promote",
+    "promote-language", "rollback", "report",
+)  # fmt: skip
 """Steps that judge and write down. All others work on weights."""
 ON_THE_PROCESSOR = (*LIGHT, "fetch", "fetch-language", "export", "export-language")
 """Steps that have no use for a GPU."""

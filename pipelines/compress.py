@@ -7,6 +7,7 @@ Two steps disagree here: llm-compressor needs an older transformers than trainin
 
 from kfp import dsl
 
+from components.champion import champion
 from components.evaluate import evaluate_latency, evaluate_quality
 from components.fetch import fetch
 from components.gate import gate
@@ -33,6 +34,8 @@ def compress(
     quantize_method: str = "llmcompressor",
     quantize_options: dict = {},
     latency_options: dict = {},
+    gate_champion: bool = True,
+    gate_require_approval: bool = False,
     gate_options: dict = {},
 ):
     """Store a model's weights in 4 or 8 bits and promote it if it stays within a quality limit.
@@ -50,8 +53,11 @@ def compress(
         quantize_method: How weights are stored in fewer bits. llmcompressor.
         quantize_options: What only the quantization method knows, such as {"bits": 8}.
         latency_options: What only the latency measurement knows.
+        gate_champion: Whether the result must hold against the present champion too, measured on the same examples.
+        gate_require_approval: Whether a person must approve what has passed before it is promoted.
         gate_options: Further limits, such as {"max_size_bytes": 30000000}.
     """
+    present = champion(name=name, compare=gate_champion)
     fetched = fetch(source=source, method=fetch_method).outputs["Output"]
     base = train(
         source=fetched, data=data, method=train_method, epochs=train_epochs, seed=seed, options=train_options
@@ -62,10 +68,12 @@ def compress(
     before = evaluate_quality(source=base, data=data).set_display_name("quality-baseline").outputs["Output"]
     quality = evaluate_quality(source=candidate, data=data, baseline=before).set_display_name("quality-candidate")
     after = quality.outputs["Output"]
+    rival = evaluate_quality(source=present.outputs["rival"], data=data).set_display_name("quality-champion")
     latency = evaluate_latency(source=candidate, against=[base], data=data, options=latency_options).outputs["Output"]
     verdict = gate(
-        name=name, source=candidate, quality=after, baseline=before, latency=latency, margin=margin,
-        options=gate_options,
+        name=name, source=candidate, quality=after, baseline=before, latency=latency,
+        champion=present.outputs["standing"], rival=rival.outputs["Output"], margin=margin,
+        against_champion=gate_champion, require_approval=gate_require_approval, options=gate_options,
     ).outputs["Output"]  # fmt: skip
     version = register(name=name, source=candidate, verdict=verdict).output
     outcome = promote(name=name, version=version, verdict=verdict).output

@@ -10,6 +10,7 @@ from kfp import dsl
 
 from components.language import (
     attention_language,
+    champion_language,
     distill_language,
     evaluate_choices,
     evaluate_divergence,
@@ -18,10 +19,10 @@ from components.language import (
     export_language,
     fetch_language,
     gate_language,
+    promote_language,
     prune_language,
     quantize_language,
 )
-from components.promote import promote
 from components.register import register
 from components.report import report
 from pipelines._cluster import on_cluster
@@ -55,6 +56,8 @@ def language(
     choices_options: dict = {},
     generation_threads: int = 2,
     generation_options: dict = {},
+    gate_champion: bool = True,
+    gate_require_approval: bool = False,
     gate_options: dict = {},
 ):
     """Make the smallest, fastest version of a language model that stays within its limits.
@@ -85,8 +88,11 @@ def language(
         choices_options: What only this evaluation knows.
         generation_threads: Processor threads that a model may use while it is timed.
         generation_options: What only this evaluation knows.
+        gate_champion: Whether the result must hold against the present champion too, measured on the same examples.
+        gate_require_approval: Whether a person must approve what has passed before it is promoted.
         gate_options: Further limits, such as {"max_kl": 0.1}.
     """
+    present = champion_language(name=name, compare=gate_champion)
     base = fetch_language(source=source, method=fetch_method, options=fetch_options).outputs["Output"]
     pruned = prune_language(
         source=base, data=data, method=prune_method, seed=seed, options=prune_options
@@ -112,6 +118,8 @@ def language(
     before = measured.set_display_name("perplexity-baseline").outputs["Output"]
     measured = evaluate_language(source=candidate, data=data, baseline=before, options=perplexity_options)
     after = measured.set_display_name("perplexity-candidate").outputs["Output"]
+    rival = evaluate_language(source=present.outputs["rival"], data=data, options=perplexity_options)
+    rival.set_display_name("perplexity-champion")
     divergence = evaluate_divergence(
         source=candidate, base=base, data=data, options=divergence_options
     ).outputs["Output"]  # fmt: skip
@@ -125,10 +133,12 @@ def language(
 
     verdict = gate_language(
         name=name, source=candidate, quality=after, baseline=before, latency=speed, divergence=divergence,
-        choices=choices_after, choices_baseline=choices_before, margin=margin, options=gate_options,
+        choices=choices_after, choices_baseline=choices_before,
+        champion=present.outputs["standing"], rival=rival.outputs["Output"], margin=margin,
+        against_champion=gate_champion, require_approval=gate_require_approval, options=gate_options,
     ).outputs["Output"]  # fmt: skip
     version = register(name=name, source=candidate, verdict=verdict).output
-    outcome = promote(name=name, version=version, verdict=verdict).output
+    outcome = promote_language(name=name, version=version, verdict=verdict).output
     report(
         name=name, version=version, outcome=outcome, models=[served, candidate], qualities=[before, after],
         latency=speed, verdict=verdict,

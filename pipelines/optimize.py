@@ -3,11 +3,12 @@
 source -> fetch -> train -> distill -> prune -> export -> quantize -> candidate
                      |                                                  |
                      +-> export (the baseline, at its best)             |
-                     +--------- evaluate quality and latency -----------+-> gate -> register -> promote -> report
+name -> champion ----+--------- evaluate quality and latency -----------+-> gate -> register -> promote -> report
 """
 
 from kfp import dsl
 
+from components.champion import champion
 from components.distill import distill
 from components.evaluate import evaluate_latency, evaluate_quality
 from components.export import export
@@ -51,6 +52,8 @@ def optimize(
     latency_batch_size: int = 16,
     latency_threads: int = 1,
     latency_options: dict = {},
+    gate_champion: bool = True,
+    gate_require_approval: bool = False,
     gate_options: dict = {},
 ):
     """Make the smallest, fastest version of a model that stays within a quality limit.
@@ -82,8 +85,11 @@ def optimize(
         latency_batch_size: Texts in one call, beside the calls with a single text.
         latency_threads: Processor threads that a model may use while it is timed.
         latency_options: What only the latency measurement knows.
+        gate_champion: Whether the result must hold against the present champion too, measured on the same examples.
+        gate_require_approval: Whether a person must approve what has passed before it is promoted.
         gate_options: Further limits, such as {"min_speedup": 2.0}.
     """
+    present = champion(name=name, compare=gate_champion)
     fetched = fetch(source=source, method=fetch_method).outputs["Output"]
     base = train(
         source=fetched, data=data, method=train_method, epochs=train_epochs,
@@ -108,6 +114,7 @@ def optimize(
     for label, model in zip(("distilled", "pruned", "exported", "candidate"), models[2:]):
         quality = evaluate_quality(source=model, data=data, baseline=before).set_display_name(f"quality-{label}")
         qualities.append(quality.outputs["Output"])
+    rival = evaluate_quality(source=present.outputs["rival"], data=data).set_display_name("quality-champion")
     latency = evaluate_latency(
         source=candidate, against=models[:-1], data=data, batch_size=latency_batch_size,
         threads=latency_threads, options=latency_options,
@@ -115,7 +122,8 @@ def optimize(
 
     verdict = gate(
         name=name, source=candidate, quality=qualities[-1], baseline=before, latency=latency,
-        margin=margin, options=gate_options,
+        champion=present.outputs["standing"], rival=rival.outputs["Output"], margin=margin,
+        against_champion=gate_champion, require_approval=gate_require_approval, options=gate_options,
     ).outputs["Output"]  # fmt: skip
     version = register(name=name, source=candidate, verdict=verdict).output
     outcome = promote(name=name, version=version, verdict=verdict).output

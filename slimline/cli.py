@@ -41,6 +41,9 @@ def run(
     set_: Annotated[list[str] | None, typer.Option("--set", help="A parameter, as name=value; wins over -f.")] = None,
     docker: Annotated[bool, typer.Option("--docker", help="Each step in a container of its own image.")] = False,
     network: Annotated[str | None, typer.Option(help="With --docker: the network that reaches the store.")] = None,
+    require_approval: Annotated[
+        bool, typer.Option("--require-approval", help="What passes waits for `slimline approve`.")
+    ] = False,
     require_pass: Annotated[bool, typer.Option(help="Exit with 4 unless the verdict is PASS.")] = False,
     json_: AsJson = False,
 ) -> None:
@@ -48,6 +51,8 @@ def run(
     from slimline import launch
 
     values = recipe.merge(recipe.read(file) if file else {}, recipe.assign(set_ or []))
+    if require_approval:
+        values["gate_require_approval"] = True
     with View(err) as view:
         outcome = launch.run(pipeline, values, view.on_event, place=launch.Place(docker, network))
     summary = outcome.summary
@@ -56,8 +61,10 @@ def run(
         told = {"run_id": outcome.run_id, "seconds": outcome.seconds, "ref": outcome.ref}
         out.print_json(json.dumps({**summary, **told}))
     else:
-        if summary:
+        if "rows" in summary:
             _print_summary(summary, outcome.log)
+        elif summary:
+            out.print(escape(summary["outcome"]))
         else:
             _print_model(outcome.ref)
         out.print(
@@ -300,19 +307,71 @@ def promote(
     name: Annotated[str, typer.Argument(help="Registered model.")],
     version: Annotated[int | None, typer.Argument(help="Its version; without one, the challenger.")] = None,
     allow_inconclusive: Annotated[bool, typer.Option(help="Promote although nothing is proven; recorded.")] = False,
+    pending: Annotated[bool, typer.Option("--pending", help="Carry out everything that was approved.")] = False,
 ) -> None:
-    """Make a version the champion, if its verdict allows and nobody was faster."""
+    """Make a version the champion, if its verdict allows, it loads and answers, and nobody was faster."""
     from slimline import release
 
+    if pending:
+        if version is not None or allow_inconclusive:
+            raise ConfigError("--pending carries out all that was approved, and takes neither a version nor an option.")
+        sentences = release.promote_approved(name)
+        out.print(escape("\n".join(sentences) or f"Nothing that was approved of {name} is waiting."))
+        return
     out.print(escape(release.promote(name, version, allow_inconclusive=allow_inconclusive)))
 
 
 @app.command()
-def rollback(name: Annotated[str, typer.Argument(help="Registered model.")]) -> None:
-    """Give the champion's place back to the one before."""
+def approve(
+    name: Annotated[str, typer.Argument(help="Registered model.")],
+    version: Annotated[int, typer.Argument(help="Its version, which has passed and waits.")],
+    reject: Annotated[bool, typer.Option("--reject", help="Refuse it instead.")] = False,
+    note: Annotated[str, typer.Option(help="Why, for the record.")] = "",
+) -> None:
+    """Give a person's word on a version; `promote --pending` or the next run then makes it the champion."""
     from slimline import release
 
-    out.print(escape(release.rollback(name)))
+    out.print(escape(release.approve(name, version, reject, note)))
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="Registered model.")],
+    to: Annotated[int, typer.Option(help="A version that was champion; 0 for the one before.")] = 0,
+    reason: Annotated[str, typer.Option(help="Why, for the ledger.")] = "",
+) -> None:
+    """Give the champion's place back to a version that had it, once it has loaded and answered."""
+    from slimline import release
+
+    out.print(escape(release.rollback(name, to, reason)))
+
+
+@app.command()
+def ledger(name: Annotated[str, typer.Argument(help="Registered model.")], json_: AsJson = False) -> None:
+    """Every move of a model's champion: when, from where to where, who and why."""
+    from slimline import release
+
+    moves = release.history(name)
+    if json_:
+        out.print_json(json.dumps(moves))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("no.", "when", "move", "from", "to", "who", "why"):
+        table.add_column(column, overflow="fold")
+    for entry in moves:
+        kind = f"{entry['kind']} (lost)" if entry["lost"] else entry["kind"]
+        why = entry["why"] + (f" Approved by {entry['approved']}." if entry["approved"] else "")
+        cells = (entry["number"], entry["at"], kind, entry["from"] or "-", entry["to"] or "-", entry["who"], why)
+        table.add_row(*(escape(str(cell)) for cell in cells))
+    out.print(table if moves else f"The champion of {escape(name)} has never been moved.")
+
+
+@app.command()
+def card(ref: Annotated[str, typer.Argument(help="models:/name@champion or models:/name/3.")]) -> None:
+    """The model card of a version, as README.md for the Hugging Face Hub."""
+    from slimline import release
+
+    out.print(release.model_card(ref), markup=False, soft_wrap=True, end="")
 
 
 @app.command()

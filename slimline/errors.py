@@ -6,6 +6,7 @@ SlimlineError
 ├── DataError     this data is not what is needed         exit 3
 ├── GateError     the numbers do not allow it             exit 4
 └── StoreError    a ref, a digest, a disk, memory or a server  exit 5, worth a retry
+    └── DeniedError   the server knows you, and you may not
 """
 
 
@@ -45,7 +46,11 @@ class StoreError(SlimlineError):
     exit_code = 5
 
 
+class DeniedError(StoreError):
+    """The tracking server knows who asks, and does not let them."""
+
+
 def by_name(kind: str, message: str) -> SlimlineError:
     """The error that a step in another process wrote down as (class name, message)."""
-    known = {c.__name__: c for c in (ConfigError, ModelError, DataError, GateError, StoreError)}
+    known = {c.__name__: c for c in (ConfigError, ModelError, DataError, GateError, StoreError, DeniedError)}
     return known.get(kind, SlimlineError)(message)

@@ -100,4 +100,5 @@ def speed(folder: Path, digest: str) -> gate.Speed:
         p50_ms=mine["p50_ms"],
         weights_bytes=mine["weights_bytes"],
         asked=whole.get("asked", "single texts"),
+        memory_bytes=mine["peak_memory_bytes"],
     )

@@ -51,6 +51,10 @@ class Limits(BaseModel):
         lt=1,
         description="how much of it can be spared, as a fraction; of perplexity, by how much it may grow",
     )
+    against_champion: bool = Field(True, description="the present champion must be measured, and held against as well")
+    champion_margin: float = Field(
+        0.0, ge=0, lt=1, description="how much of it can be spared against the champion; 0 for margin"
+    )
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of each one-sided bound")
     min_examples: int = Field(100, ge=10, description="fewer examples than this decide nothing")
     slices: dict[str, float] = Field({}, description="margins of slices, such as {'label:negative': 0.05}")
@@ -71,7 +75,9 @@ class Limits(BaseModel):
     min_speedup: float = Field(0.0, ge=0, description="proven speed-up of a single text over the baseline")
     max_p50_ms: float = Field(0.0, ge=0, description="median time of a single text at most; 0 for no limit")
     max_size_bytes: int = Field(0, ge=0, description="bytes of weights at most; 0 for no limit")
+    max_memory_bytes: int = Field(0, ge=0, description="peak memory of a process that answers at most; 0 for no limit")
     size_alone: bool = Field(False, description="may be slower than the baseline if it is smaller")
+    require_approval: bool = Field(False, description="a person must approve what has passed before it is promoted")
     seed: int = Field(0, ge=0, description="of the bootstrap")
 
     def digest(self) -> str:
@@ -136,6 +142,8 @@ class Speed:
     weights_bytes: int
     asked: str = "single texts"
     """What a time is the time of."""
+    memory_bytes: int = 0
+    """The most that a process held while it answered; 0 if that was not measured."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,16 @@ class Blessing:
 
     ok: bool
     problem: str = ""
+    answers: dict[str, float] = field(default_factory=dict)
+    """What was answered, for a later process to compare with: see probe.py."""
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The version in whose place the candidate is to come, and its answers to the same examples, if they are known."""
+
+    name: str
+    measured: Predictions | Losses | None
 
 
 class Check(BaseModel):
@@ -189,19 +207,22 @@ def decide(
     limits: Limits,
     strays: Strays | None = None,
     choices: tuple[Predictions, Predictions] | None = None,
+    champion: Champion | None = None,
 ) -> Verdict:
     """The verdict on a candidate. Never raises for bad evidence: that is INVALID, with the reason.
 
     `strays` and `choices` (the candidate's, the baseline's) are further evidence on a language model.
     """
     problem = _unfit(candidate, baseline, speed, blessing, limits, strays, choices)
+    rival = champion if limits.against_champion else None
+    problem = problem or _incomparable(candidate, rival)
     if problem:
         check = Check(name="evidence", status="INVALID", sentence=problem)
         said, digest = f"INVALID: {problem}", limits.digest()
         return Verdict(status="INVALID", sentence=said, limits=limits, limits_digest=digest, checks=(check,))
     answers = choices
     if isinstance(candidate, Losses) and isinstance(baseline, Losses):
-        checks, examples = [_perplexity(candidate, baseline, limits)], len(candidate.ids)
+        checks, examples = [_perplexity(candidate, baseline, limits.margin, limits)], len(candidate.ids)
         agreement = strays.agreement if strays else 0.0
         if choices:
             label, old, new = _columns(*choices)
@@ -214,6 +235,8 @@ def decide(
         for name, margin in limits.slices.items():
             checks.append(_slice(name, margin, candidate.slices.get(name), label, old, new, limits))
         agreement = float((old == new).mean())
+    if rival and rival.measured:
+        checks.append(_against(candidate, rival, limits))
     checks += _fidelity(agreement, strays, limits) + _efficiency(speed, limits)
     lost, won = _flips(*answers) if answers else (0, 0)
     status = _worst(checks)
@@ -332,6 +355,30 @@ def _broken(who: str, answers: Predictions) -> str:
 # Quality
 
 
+def _incomparable(candidate: Predictions | Losses, champion: Champion | None) -> str:
+    """Why a candidate cannot be held against the champion; empty if it can, or if there is none."""
+    if champion is None:
+        return ""
+    way_out = "Or say against_champion: false, if it shall be replaced unseen."
+    if champion.measured is None:
+        return f"the champion ({champion.name}) was not measured on the same examples. {way_out}"
+    if type(champion.measured) is not type(candidate) or _mismatched(candidate, champion.measured):
+        return f"the champion ({champion.name}) was not measured on the candidate's examples or tokens. {way_out}"
+    return ""
+
+
+def _against(candidate: Predictions | Losses, champion: Champion, limits: Limits) -> Check:
+    """The candidate's quality against the champion's: held to the same standard as against the baseline."""
+    margin, measured = limits.champion_margin or limits.margin, champion.measured
+    if isinstance(candidate, Losses) and isinstance(measured, Losses):
+        check = _perplexity(candidate, measured, margin, limits)
+    else:
+        assert isinstance(candidate, Predictions) and isinstance(measured, Predictions)
+        check = _quality("", *_columns(candidate, measured), limits.metric, margin, limits)
+    sentence = check.sentence.replace("the baseline", f"the champion ({champion.name})", 1)
+    return check.model_copy(update={"name": "champion", "sentence": sentence})
+
+
 def _quality(name: str, label: Any, old: Any, new: Any, metric: str, margin: float, limits: Limits) -> Check:
     alpha = 2 * (1 - limits.confidence)
     lost, won = int(((old == label) & (new != label)).sum()), int(((old != label) & (new == label)).sum())
@@ -358,11 +405,11 @@ def _quality(name: str, label: Any, old: Any, new: Any, metric: str, margin: flo
     return _ranged(name, "INCONCLUSIVE", (value, low, high), -margin, f"{said}: {more}.")
 
 
-def _perplexity(candidate: Losses, baseline: Losses, limits: Limits) -> Check:
+def _perplexity(candidate: Losses, baseline: Losses, margin: float, limits: Limits) -> Check:
     alpha = 2 * (1 - limits.confidence)
     found = bounds.log_ratio(baseline.nll, candidate.nll, candidate.tokens, alpha, limits.seed)
     value, low, high = (math.expm1(x) for x in found)
-    name, margin = "perplexity", limits.margin
+    name = "perplexity"
     said = f"{value:+.1%} against the baseline, at worst {high:+.1%} (allowed {margin:+.1%})"
     if high < margin:
         return _ranged(name, "PASS", (value, low, high), margin, f"{said}.")
@@ -424,6 +471,10 @@ def _efficiency(speed: Speed, limits: Limits) -> list[Check]:
         sentence = f"{speed.weights_bytes / 1e6:.1f} MB of weights; {limits.max_size_bytes / 1e6:.1f} MB are allowed."
         fits = speed.weights_bytes <= limits.max_size_bytes
         checks.append(_hard("size", speed.weights_bytes, limits.max_size_bytes, fits, sentence))
+    if limits.max_memory_bytes:
+        sentence = f"{speed.memory_bytes / 1e6:.1f} MB of memory; {limits.max_memory_bytes / 1e6:.1f} MB are allowed."
+        fits = 0 < speed.memory_bytes <= limits.max_memory_bytes
+        checks.append(_hard("memory", speed.memory_bytes, limits.max_memory_bytes, fits, sentence))
     wins = {
         "size": (speed.size, speed.size),
         "latency": (ratio, low),

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from slimline import errors, gate, portable, recipe, store
+from slimline import errors, portable, recipe, store
 from slimline.containers import LAST, Containers, argument, engine, inputs, require_readable
 from slimline.errors import ConfigError, SlimlineError
 
@@ -80,8 +80,7 @@ def run(
     store.client()
     run_id = store.start_pipeline(f"{name} {values.get('name', '')}".strip(), name, values, command or _command())
     if "margin" in values:  # the limits are fixed before anything is measured
-        limits = gate.limits_from({"margin": values["margin"], **values.get("gate_options", {})})
-        store.set_tags(run_id, {store.PREFIX + "limits": limits.digest()})
+        store.set_tags(run_id, {store.PREFIX + "limits": recipe.limits(values).digest()})
     folder = store.home() / "runs" / run_id
     folder.mkdir(parents=True)
     log, events = folder / "log.txt", folder / "events.jsonl"

@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Finding:
     seconds_to_load: float = 0.0
     peak_memory_bytes: int = 0
     digest: str = ""
+    answers: dict[str, float] = field(default_factory=dict)
+    """Of a language model: the mean loss of a token in some texts, in nats, by which its bytes are known again."""
 
 
 ODD = (
@@ -69,7 +71,8 @@ def probe(path: Path) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         problem = next(found_problems, "")
         peak = peak_memory_bytes()
-        found = Finding(not problem, problem, model.runtime, seconds, peak, manifest.digest)
+        said = losses(model) if isinstance(model, language.LanguageModel) and not problem else {}
+        found = Finding(not problem, problem, model.runtime, seconds, peak, manifest.digest, said)
     except SlimlineError as error:
         found = Finding(ok=False, problem=str(error), digest=found.digest)
     except Exception as error:  # whatever a broken model makes a runtime raise is the finding, not a crash
@@ -152,6 +155,25 @@ def writing_problems(model: language.LanguageModel, tolerance: float = TOLERANCE
         yield "the same prompt was answered twice, and differently."
     if "".join(model.stream(ODD[0], few)) != said[0]:
         yield "an answer is another when it is streamed."
+
+
+PLAIN = (
+    "The capital of France is Paris, and that of Italy is Rome.",
+    "def add(a, b):\n    return a + b\n",
+    "It was late, and nobody had thought of the key.",
+)
+
+
+def losses(model: language.LanguageModel) -> dict[str, float]:
+    """The mean loss of a token in each of some plain texts, in nats."""
+    found = {}
+    for text in PLAIN:
+        ids = model.encode(text)[: model.context]
+        logits_TV = model.logits([ids])[0, :-1].astype(np.float64)
+        chosen_T = np.take_along_axis(logits_TV, np.asarray(ids[1:])[:, None], 1)[:, 0]
+        highest_T = logits_TV.max(axis=1)
+        found[text] = float((highest_T + np.log(np.exp(logits_TV - highest_T[:, None]).sum(axis=1)) - chosen_T).mean())
+    return found
 
 
 def peak_memory_bytes() -> int:

@@ -118,10 +118,17 @@ def check(spec: dict[str, Any], values: dict[str, Any], here: bool = True) -> di
             raise _missing(name, definition)
     _check_techniques(spec, whole)
     if "margin" in whole:
-        gate.limits_from({"margin": whole["margin"], **whole.get("gate_options", {})})
+        limits(whole)
     if here:
         _check_files(whole)
     return whole
+
+
+def limits(values: dict[str, Any]) -> gate.Limits:
+    """The gate's limits that a pipeline's parameters set. Raises ConfigError for what cannot be."""
+    own = {"margin": "margin", "gate_champion": "against_champion", "gate_require_approval": "require_approval"}
+    given = {limit: values[parameter] for parameter, limit in own.items() if parameter in values}
+    return gate.limits_from({**given, **values.get("gate_options", {})})
 
 
 def _missing(name: str, definition: dict[str, Any]) -> ConfigError:

@@ -43,11 +43,11 @@ class Input(NamedTuple):
 def run(name: str, source: str, options: dict[str, Any], offered: dict[str, Any] | None = None) -> tuple[str, Metrics]:
     """Run 'stage.method' on what `source` names. Returns the ref of the result and its metrics.
 
-    The method `none` passes the ref through. What is `offered` is taken by techniques that have such an option. Options
-    that are None or "" are left to their defaults. A finished step with equal inputs is reused. Raises a SlimlineError
-    of the kind that fits.
+    The method `none` passes the ref through, and an evaluation of nothing, an empty ref, is nothing. What is `offered`
+    is taken by techniques that have such an option. Options that are None or "" are left to their defaults. A finished
+    step with equal inputs is reused. Raises a SlimlineError of the kind that fits.
     """
-    if name.endswith(".none"):
+    if name.endswith(".none") or (not source and name.startswith("evaluate.")):
         return source, {}
     with reporting(name):
         module = technique.find(name)

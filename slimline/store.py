@@ -55,7 +55,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from slimline import __version__, artifact, serve
 from slimline.artifact import Manifest
-from slimline.errors import ConfigError, StoreError
+from slimline.errors import ConfigError, DeniedError, StoreError
 
 PREFIX = "slimline."
 LIVE = "RUNNING"
@@ -530,7 +530,7 @@ def register(name: str, ref: str, key: str, version_tags: dict[str, str], descri
     check_name(name)
     run_id = run_id_of(ref)
     model_id = tags(run_id)[PREFIX + "model"]
-    with speaking():
+    with _permitted(name):
         try:
             client().get_registered_model(name)
         except MlflowException:
@@ -575,24 +575,120 @@ def alias(name: str, which: str) -> int | None:
 
 
 def set_alias(name: str, which: str, version: int | None) -> None:
-    """Point an alias to a version, or remove it. The caller holds the ledger: see release.py."""
-    with speaking():
+    """Point an alias to a version, or remove it. The champion's is moved by ledger.py alone."""
+    with _permitted(name):
         if version is not None:
             client().set_registered_model_alias(name, which, str(version))
         elif alias(name, which) is not None:
             client().delete_registered_model_alias(name, which)
 
 
-def tag_version(name: str, version: int, tags: dict[str, str]) -> None:
+def unset_alias(name: str, which: str) -> None:
+    """Remove an alias, if that is allowed: MLflow asks more for removing one (MANAGE) than for moving it (EDIT)."""
+    with suppress(DeniedError):
+        set_alias(name, which, None)
+
+
+def has_version(name: str, version: int) -> bool:
+    """Whether a version is there and was not deleted."""
     with speaking():
+        try:
+            return str(client().get_model_version(name, str(version)).status) == "READY"
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return False
+            raise
+
+
+def tag_version(name: str, version: int, tags: dict[str, str]) -> None:
+    with _permitted(name):
         for key, value in tags.items():
             client().set_model_version_tag(name, str(version), key, value)
 
 
-def tag_model(name: str, tags: dict[str, str]) -> None:
+def describe_version(name: str, version: int, description: str) -> None:
+    """What MLflow's page says of a version, in Markdown; DESCRIPTION characters at most."""
+    with _permitted(name):
+        client().update_model_version(name, str(version), description[:DESCRIPTION])
+
+
+DESCRIPTION = 5000
+"""Characters of a description, and of a tag of a version, that MLflow's tables have room for."""
+
+
+def fetch_again(ref: str, scratch: Path) -> Path:
+    """What a ref names, read from the store itself and not from this machine's copies. It is not verified."""
     with speaking():
-        for key, value in tags.items():
-            client().set_registered_model_tag(name, key, value)
+        place = _place(ref)
+        if place.removeprefix("file://").startswith("/"):
+            return _local(place, ref)
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=place, dst_path=str(scratch)))
+
+
+LEDGER = ".ledger"
+"""What follows a model's name in that of its ledger. No model can have it: check_name allows no dot."""
+
+
+def append(name: str, tags: dict[str, str], description: str) -> None:
+    """Write the next entry of a model's ledger. MLflow numbers entries as it numbers versions: no number comes twice.
+
+    An entry is a version that has no bytes. Its source names the version it is about, and is not to be loaded.
+    """
+    book = name + LEDGER
+    with _permitted(book):
+        try:
+            client().get_registered_model(book)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            with suppress(MlflowException):  # somebody else made it just now
+                client().create_registered_model(
+                    book, {PREFIX + "ledger_of": name},
+                    f"Every move of the champion of {name}, in order. Not a model: see `slimline ledger {name}`.",
+                )  # fmt: skip
+        own = {PREFIX + key: value[:DESCRIPTION] for key, value in tags.items()}
+        about = f"slimline:{name}/{tags.get('to') or 'none'}"
+        client().create_model_version(book, about, tags=own, description=description[:DESCRIPTION])
+
+
+def entries(name: str) -> list[tuple[int, float, dict[str, str]]]:
+    """A model's ledger: number, time by the clock of the database, and tags of each entry, in the order of numbers."""
+    found: list[ModelVersion] = []
+    with speaking():
+        token = None
+        while True:
+            page = client().search_model_versions(
+                f"name='{name}{LEDGER}'", max_results=200, order_by=["version_number ASC"], page_token=token
+            )
+            found += page
+            token = page.token
+            if not token:
+                break
+    plain = [
+        (int(v.version), v.creation_timestamp / 1000, {k.removeprefix(PREFIX): str(t) for k, t in v.tags.items()})
+        for v in found
+    ]
+    return sorted(plain, key=lambda entry: entry[0])
+
+
+def mark(name: str, number: int, tags: dict[str, str]) -> None:
+    """Add to an entry of a model's ledger."""
+    tag_version(name + LEDGER, number, {PREFIX + key: value for key, value in tags.items()})
+
+
+@contextmanager
+def _permitted(name: str) -> Iterator[None]:
+    """As `speaking`, and a missing permission is said as what it is."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code == "PERMISSION_DENIED":
+            who = os.environ.get("MLFLOW_TRACKING_USERNAME", "whoever signs in here")
+            raise DeniedError(
+                f"{who} may not change the registered model {name} at {uri()}. Ask for EDIT on it (docs/promotion.md)."
+            ) from None
+        with speaking():
+            raise
 
 
 def check_name(name: str) -> None:

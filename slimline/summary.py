@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from slimline import __version__, artifact, evidence, progress, release, report, step, store
+from slimline import __version__, artifact, evidence, judging, ledger, progress, report, step, store
 from slimline.errors import StoreError
 
 WORST = 10
@@ -44,7 +44,7 @@ def publish(
             status=page.verdict.status,
             sentence=page.verdict.sentence,
             outcome=outcome,
-            promoted=store.alias(name, release.CHAMPION) == version,
+            promoted=store.alias(name, ledger.CHAMPION) == version,
             report=str(where),
             rows=[row.model_dump(mode="json") for row in page.rows],
             terms=page.terms.model_dump(mode="json"),
@@ -57,7 +57,7 @@ def gather(
     name: str, version: int, outcome: str, models: list[str], qualities: list[str], latency: str, verdict_ref: str
 ) -> report.Page:
     """Everything that the page shows, from what is stored."""
-    verdict, asked, _ = release.verdict_at(verdict_ref)
+    verdict, asked, _ = judging.verdict_at(verdict_ref)
     timed = evidence.timings(store.fetch(latency))
     terms = ANSWERS if verdict.limits.metric != "perplexity" else LANGUAGE
     rows: dict[str, report.Row] = {}

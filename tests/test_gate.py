@@ -10,7 +10,8 @@ from slimline import bounds, gate
 from slimline.errors import ConfigError
 from slimline.gate import Blessing, Limits, Predictions, Speed
 
-FAST = Speed((6.0, 5.8, 6.2), (4.0, 3.9, 4.1), size=6.4, memory=2.0, p50_ms=1.5, weights_bytes=14_000_000)
+FAST = Speed((6.0, 5.8, 6.2), (4.0, 3.9, 4.1), size=6.4, memory=2.0, p50_ms=1.5, weights_bytes=14_000_000,
+             memory_bytes=95_000_000)  # fmt: skip
 SLOW = Speed((0.8, 0.7, 0.9), (0.9, 0.8, 1.1), size=4.0, memory=1.1, p50_ms=20.0, weights_bytes=20_000_000)
 FINE = Blessing(ok=True)
 
@@ -243,12 +244,58 @@ def test_nothing_won_fails():
         ({"max_p50_ms": 1.0}, "FAIL"),
         ({"max_p50_ms": 2.0}, "PASS"),
         ({"max_size_bytes": 13_000_000}, "FAIL"),
+        ({"max_size_bytes": 14_000_000}, "PASS"),
+        ({"max_memory_bytes": 90_000_000}, "FAIL"),
+        ({"max_memory_bytes": 100_000_000}, "PASS"),
         ({"min_agreement": 0.999}, "FAIL"),
         ({"min_agreement": 0.9}, "PASS"),
     ],
 )
 def test_every_limit_is_held(limit, status):
     assert decide(2400, 60, 50, margin=0.02, **limit).status == status
+
+
+def test_memory_that_was_not_measured_is_within_no_limit():
+    assert decide(2400, 0, 0, speed=replace(FAST, memory_bytes=0), max_memory_bytes=10**12).status == "FAIL"
+
+
+# Against the champion
+
+
+def against(n, lost, won, **limits):
+    """The baseline answers as the champion does; of the champion's answers so many are lost and won."""
+    candidate, champion = answers(n, lost, won, wrong=n // 10)
+    baseline = replace(champion, predicted=candidate.predicted)
+    rival = gate.Champion("version 3", champion)
+    return gate.decide(candidate, baseline, FAST, FINE, Limits(**limits), champion=rival)
+
+
+def test_a_candidate_must_also_hold_against_the_champion():
+    worse = against(2400, 200, 0)
+    assert worse.status == "FAIL" and [c.status for c in worse.checks][:2] == ["PASS", "FAIL"]
+    assert worse.checks[1].name == "champion"
+    assert worse.checks[1].sentence.startswith("-8.3 points against the champion (version 3), at worst")
+    assert against(2400, 20, 20).status == "PASS"
+    assert against(2400, 45, 2).status == "INCONCLUSIVE"
+    assert against(2400, 200, 0, against_champion=False).status == "PASS"
+
+
+def test_the_champion_has_a_margin_of_its_own_if_one_is_given():
+    assert against(2400, 20, 20, champion_margin=0.001).status == "INCONCLUSIVE"
+    assert against(2400, 200, 0, champion_margin=0.15).status == "PASS"
+    assert against(2400, 20, 20, champion_margin=0.001).checks[1].limit == -0.001
+
+
+@pytest.mark.parametrize("change", [{"ids": ["x"] * 2400}, {"labels": ["b", "a"] * 1200}, None])
+def test_a_champion_that_was_not_measured_on_the_same_examples_is_replaced_only_if_that_is_asked_for(change):
+    candidate, baseline = answers(2400, 0, 0, wrong=240)
+    measured = replace(baseline, **change) if change else None
+    rival = gate.Champion("version 3", measured)
+    verdict = gate.decide(candidate, baseline, FAST, FINE, Limits(), champion=rival)
+    assert verdict.status == "INVALID" and "the champion (version 3) was not measured on" in verdict.sentence
+    assert "against_champion: false" in verdict.sentence
+    unseen = Limits(against_champion=False)
+    assert gate.decide(candidate, baseline, FAST, FINE, unseen, champion=rival).status == "PASS"
 
 
 def test_a_slice_has_its_own_margin_and_one_that_is_too_small_is_reported_not_passed():
@@ -281,6 +328,7 @@ def test_the_digest_of_the_limits_changes_with_each_of_them():
         "metric": "macro_f1", "margin": 0.03, "confidence": 0.9, "min_examples": 50, "slices": {"label:a": 0.1},
         "slice_min_examples": 10, "min_agreement": 0.5, "must_win": ("size",), "min_speedup": 2.0, "max_p50_ms": 3.0,
         "max_size_bytes": 5, "size_alone": True, "seed": 1, "max_kl": 0.1, "choices_margin": 0.1,
+        "max_memory_bytes": 5, "against_champion": False, "champion_margin": 0.01, "require_approval": True,
     }  # fmt: skip
     assert set(other) == set(Limits.model_fields)
     digests = {Limits(**{key: value}).digest() for key, value in other.items()}

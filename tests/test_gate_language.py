@@ -133,3 +133,15 @@ def test_latency_is_said_of_what_was_timed():
     slow = replace(FAST, latency=(0.5, 0.4, 0.6))
     assert "0.50x as fast on decoded tokens" in decide(speed=slow).sentence
     assert "5.00 ms in the median of decoded tokens" in decide(max_p50_ms=1.0).sentence
+
+
+def test_perplexity_is_held_against_the_champions_on_the_same_documents():
+    rival = gate.Champion("version 3", losses(-0.2))
+    limits = Limits(metric="perplexity", margin=0.12)
+    verdict = gate.decide(losses(0.05), losses(), FAST, FINE, limits, champion=rival)
+    assert check(verdict, "perplexity").status == "PASS" and verdict.status == "FAIL"
+    assert check(verdict, "champion").value == pytest.approx(1.05 / 0.8 - 1)
+    assert "% against the champion (version 3), at worst" in check(verdict, "champion").sentence
+    other = gate.Champion("version 3", replace(losses(), text="of another tokenizer"))
+    verdict = gate.decide(losses(0.05), losses(), FAST, FINE, limits, champion=other)
+    assert verdict.status == "INVALID" and "candidate's examples or tokens" in verdict.sentence

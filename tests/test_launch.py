@@ -128,7 +128,7 @@ def test_a_second_run_reuses_every_step_and_registers_nothing_new(world):
     second = launch.run("optimize", world["values"], lambda event: None)  # once more for the gate: the champion moved
     events: list[dict] = []
     third = launch.run("optimize", world["values"], events.append)
-    kept = {"register", "promote", "report"}
+    kept = {"champion", "register", "promote", "report"}
     made = [e["step"] for e in events if e["event"] == "end" and not e["reused"] and e["step"] not in kept]
     assert made == []
     assert second.summary["version"] == third.summary["version"] == 1
