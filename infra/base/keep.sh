@@ -6,16 +6,15 @@ aws() { command aws ${MLFLOW_S3_ENDPOINT_URL:+--endpoint-url "$MLFLOW_S3_ENDPOIN
 cd "$FOLDER"
 sha256sum --check --quiet SHA256SUMS
 name=$(date -u +%Y-%m-%dT%H-%M-%SZ)
-for file in *.dump SHA256SUMS; do
-    aws s3 cp --only-show-errors "$file" "$BACKUPS/$name/$file"
-done
+aws s3 cp --only-show-errors --recursive --exclude SHA256SUMS . "$BACKUPS/$name/"
+aws s3 cp --only-show-errors SHA256SUMS "$BACKUPS/$name/SHA256SUMS"
 bucket=${BACKUPS#s3://} prefix=
 case $bucket in */*) prefix=${bucket#*/}/ bucket=${bucket%%/*} ;; esac
-complete=$(aws s3api list-objects-v2 --bucket "$bucket" --prefix "$prefix" --output text \
-    --query "Contents[?ends_with(Key, '/SHA256SUMS')].[Key]" | sed "s|^$prefix||; s|/SHA256SUMS$||" | sort -r)
-oldest=$(printf '%s\n' "$complete" | head -n "$KEEP" | tail -n 1)
-for old in $(aws s3 ls "$BACKUPS/" | sed -n 's|.*PRE \(.*\)/$|\1|p'); do
-    if [ "$(printf '%s\n%s\n' "$old" "$oldest" | sort | head -n 1)" = "$old" ] && [ "$old" != "$oldest" ]; then
+keys=$(aws s3api list-objects-v2 --bucket "$bucket" --prefix "$prefix" --output text --query "Contents[].[Key]" |
+    sed "s|^$prefix||")
+oldest=$(printf '%s\n' "$keys" | sed -n 's|/SHA256SUMS$||p' | sort -r | head -n "$KEEP" | tail -n 1)
+for old in $(printf '%s\n' "$keys" | sed -n 's|/.*||p' | sort -u); do
+    if [ "$old" != "$oldest" ] && [ "$(printf '%s\n%s\n' "$old" "$oldest" | sort | head -n 1)" = "$old" ]; then
         aws s3 rm --only-show-errors --recursive "$BACKUPS/$old/"
         echo "removed $old"
     fi
