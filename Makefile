@@ -58,6 +58,12 @@ lint: $(VENV)/dev.stamp ## Check style, types and which module may import which
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+lint-infra: build/checkov.stamp ## Check what infra/ renders to with checkov (infra/checkov.yaml has the exceptions)
+	@for overlay in kind production; do \
+		$(BIN)/kubectl kustomize infra/overlays/$$overlay > build/$$overlay.yaml && \
+		build/checkov/bin/checkov --config-file infra/checkov.yaml -f build/$$overlay.yaml --skip-download || exit; \
+	done
+
 ui: $(VENV)/run.stamp ## Show the store in MLflow's own page
 	$(BIN)/slimline ui --port $(PORT)
 
@@ -90,4 +96,10 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp requirements/dev.txt
 	requirements/install.sh dev
 	@touch $@
 
-.PHONY: help run run-llm test images test-containers lint ui compile lock benchmarks gpu-check clean
+# checkov's own needs are at odds with ours (an older boto3), so it has a virtual environment to itself.
+build/checkov.stamp: $(VENV)/dev.stamp requirements/checkov.txt
+	$(BIN)/python -m venv --clear build/checkov
+	build/checkov/bin/python -m pip install -q --no-deps --require-hashes -r requirements/checkov.txt
+	@touch $@
+
+.PHONY: help run run-llm test images test-containers lint lint-infra ui compile lock benchmarks gpu-check clean

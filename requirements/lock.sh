@@ -24,5 +24,6 @@ resolve pyproject.toml requirements/needs.in requirements/step.in --extra llm \
     --excludes requirements/llm-excluded.txt -o requirements/llm.txt
 resolve requirements/mlflow.in -c requirements/run.txt -o requirements/mlflow.txt
 resolve requirements/sbom.in -o requirements/sbom.txt
+resolve requirements/checkov.in -o requirements/checkov.txt
 resolve --group dev --excludes requirements/dev-excluded.txt -c requirements/run.txt -c requirements/cuda.txt \
     -o requirements/dev.txt

@@ -402,6 +402,26 @@ def ui(port: Annotated[int, typer.Option(help="Where it listens.")] = 5000) -> N
     os.execv(sys.executable, command)
 
 
+@app.command()
+def metrics(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where it listens.")] = 9095,
+    every: Annotated[float, typer.Option(min=1, help="Seconds between two looks at the store.")] = 60,
+    folder: Annotated[
+        Path | None, typer.Option(help="Serve what `mlflow server --expose-prometheus` keeps here.")
+    ] = None,
+) -> None:
+    """Numbers for Prometheus: champions, gates and steps of this store."""
+    try:
+        from slimline import exporter
+    except ModuleNotFoundError as missing:
+        raise ConfigError(f"metrics needs {missing.name}: pip install 'slimline[metrics]'.") from None
+
+    if folder:
+        exporter.serve_folder(port, folder)
+    else:
+        exporter.serve(port, every)
+
+
 app.registered_commands += cluster_cli.app.registered_commands
 
 

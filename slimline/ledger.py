@@ -176,5 +176,5 @@ def who() -> str:
             name = getpass.getuser()
         except (KeyError, OSError):
             name = f"uid {os.getuid()}"
-    run = os.environ.get("SLIMLINE_PARENT_RUN", "")
+    run = store.pipeline_run()
     return f"{name} on {socket.gethostname()}" + (f", run {run}" if run else "")

@@ -281,6 +281,20 @@ def find_finished(key: str) -> str | None:
     return str(runs[0].info.run_id) if runs else None
 
 
+def ended_runs(since_s: float) -> Iterator[tuple[str, float, str, dict[str, str], dict[str, float]]]:
+    """Runs that ended after a time, in any experiment, the first first: id, end, status, tags, metrics."""
+    with speaking():
+        experiments = [e.experiment_id for e in client().search_experiments()]
+    where, order, token = f"attributes.end_time > {int(since_s * 1000)}", ["attributes.end_time ASC"], None
+    while experiments and token != "":
+        with speaking():
+            page = client().search_runs(experiments, where, order_by=order, max_results=1000, page_token=token)
+        for run in page:
+            info, data = run.info, run.data
+            yield str(info.run_id), info.end_time / 1000, str(info.status), dict(data.tags), dict(data.metrics)
+        token = page.token or ""
+
+
 def note_reuse(name: str, run_id: str) -> None:
     """Write into the pipeline's run that a step was taken from an earlier one."""
     if parent := pipeline_run():
@@ -562,6 +576,24 @@ def versions(name: str) -> list[ModelVersion]:
     """All versions of a registered model, oldest first."""
     with speaking():
         return sorted(client().search_model_versions(f"name='{name}'"), key=lambda v: int(v.version))
+
+
+def registered() -> Iterator[tuple[str, dict[str, int], dict[str, str]]]:
+    """Every registered model: its name, the version behind each alias, its tags."""
+    token = None
+    while token != "":
+        with speaking():
+            page = client().search_registered_models(page_token=token, max_results=100)
+        for model in page:
+            yield model.name, {alias: int(version) for alias, version in model.aliases.items()}, dict(model.tags)
+        token = page.token or ""
+
+
+def newest_version_tags(name: str, count: int = 20) -> list[dict[str, str]]:
+    """The tags of a model's newest versions, the newest first."""
+    with speaking():
+        found = client().search_model_versions(f"name='{name}'", max_results=count, order_by=["version_number DESC"])
+        return [dict(version.tags) for version in found]
 
 
 def alias(name: str, which: str) -> int | None:

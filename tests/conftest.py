@@ -1,8 +1,16 @@
-"""Fixtures for all tests: see stores.py for stores, tiny.py for models and kubeflow.py for a cluster."""
+"""Fixtures for all tests: stores.py has stores, servers.py real servers, tiny.py models, kubeflow.py a cluster."""
 
 import pytest
 from hypothesis import settings
 
+from tests.servers import (  # noqa: F401
+    postgres,
+    proxied_server,
+    proxied_store,
+    remote_store,
+    s3_server,
+    tracking_server,
+)
 from tests.stores import fresh_store, migrated  # noqa: F401
 from tests.tiny import make_data, make_tiny, seal_tiny
 

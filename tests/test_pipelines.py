@@ -14,9 +14,12 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 from slimline import launch, recipe, technique
 
 PIPELINES = recipe.pipelines()
-LIGHT = {"begin", "finish", "gate", "gate-language", "register", "promote", "rollback", "report"}
+LIGHT = {
+    "begin", "finish", "champion", "champion-language", "gate", "gate-language", "register", "promote",
+    "promote-language", "rollback", "report",
+}  # fmt: skip
 ON_THE_PROCESSOR = LIGHT | {"fetch", "fetch-language", "export", "export-language"}
-ALONE = {"source", "data", "task", "name", "margin", "seed"}
+ALONE = {"source", "data", "task", "name", "margin", "seed", "to_version", "reason"}
 MEASURING = ("train", "distill", "prune", "attention", "quantize", "export", "evaluate", "gate", "fetch")
 
 
@@ -196,7 +199,7 @@ def test_every_parameter_has_a_default_and_a_sentence(pipeline):
         assert len(definition["description"]) > 15 and definition["description"].endswith("."), name
         assert "\n" not in definition["description"], name
         if definition["defaultValue"] == "":
-            assert name in recipe.REQUIRED, f"{name} is empty, and nothing asks for it"
+            assert name in (*recipe.REQUIRED, "reason"), f"{name} is empty, and nothing asks for it"
 
 
 @each_pipeline
@@ -256,9 +259,13 @@ def test_on_one_machine_nothing_is_tried_again_and_the_rest_is_as_compiled(tmp_p
 def test_the_values_of_a_run_reach_the_steps_inside_the_group(pipeline):
     spec, _ = documents(pipeline)
     values = {name: d["defaultValue"] for name, d in parameters(pipeline).items()}
-    given = {
-        step.name: step.given for step in recipe.steps(spec, values | {"source": "here", "resources_memory": "9Gi"})
-    }
-    fetched = given.get("fetch") or given["fetch-language"]
-    assert fetched["source"] == "here" and fetched["pipelinechannel--resources_memory"] == "9Gi"
+    what = "source" if "source" in values else "name"
+    changed = values | {what: "here", "resources_memory": "9Gi", "resources_light_memory": "9Gi"}
+    given = {step.name: step.given for step in recipe.steps(spec, changed)}
+    first = next(given[name] for name in ("fetch", "fetch-language", "rollback") if name in given)
+    assert first[what] == "here"
+    assert "9Gi" in (
+        first.get("pipelinechannel--resources_memory"),
+        first.get("pipelinechannel--resources_light_memory"),
+    )
     assert len(list(recipe.steps(spec, values))) == len(list(leaves(spec)))
