@@ -3,15 +3,13 @@
     serve          read the store once a minute; scrapes are answered with what was read last, and cost it nothing
     serve_folder   numbers that several processes keep in a folder, as MLflow's do with --expose-prometheus
 
-Champions and verdicts are read anew each time, from the tags that release.py writes. Steps are counted as they end,
-from when this process began: after a restart from 0, as Prometheus expects of a counter. Costs a search for each
+Champions and verdicts are read anew each time, from the ledger and the tags of versions. Steps are counted as they end,
+from when this process began: after a restart from 0, as Prometheus expects of a counter. Costs two searches for each
 registered model and one for the runs that ended of late, whatever the size of the store.
 """
 
 from __future__ import annotations
 
-import calendar
-import json
 import logging
 import threading
 import time
@@ -25,10 +23,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from slimline import store
+from slimline import ledger, store
 from slimline.errors import ConfigError, StoreError
 
-MOVE, VERDICT, TECHNIQUE = (store.PREFIX + key for key in ("move.", "verdict", "technique"))
+VERDICT, TECHNIQUE = (store.PREFIX + key for key in ("verdict", "technique"))
 PASS = "PASS"
 # Runs are dated by the clocks of their machines: one that ends this much "earlier" than the last look is still counted.
 OVERLAP_S = 900.0
@@ -55,18 +53,14 @@ class Standing(NamedTuple):
 def standings() -> list[Standing]:
     """All registered models that slimline has judged. Raises StoreError when the store is away."""
     found = []
-    for name, aliases, tags in store.registered():
+    for name, aliases in store.registered():
         verdicts = tuple(tags[VERDICT] for tags in store.newest_version_tags(name) if VERDICT in tags)
-        moves = [json.loads(value) for key, value in sorted(tags.items()) if key.startswith(MOVE)]
+        state = ledger.read(name)
+        moves = sum(not entry.lost for entry in state.entries)
         if verdicts or moves:
-            found.append(Standing(name, aliases.get("champion"), _moved_at(moves), len(moves), verdicts))
+            at = state.tip.at if state.tip else None
+            found.append(Standing(name, aliases.get(ledger.CHAMPION), at, moves, verdicts))
     return found
-
-
-def _moved_at(moves: list[dict[str, str]]) -> float | None:
-    if not moves:
-        return None
-    return float(calendar.timegm(time.strptime(moves[-1]["at"], "%Y-%m-%dT%H:%M:%SZ")))
 
 
 class Champions(Collector):

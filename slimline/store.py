@@ -578,14 +578,15 @@ def versions(name: str) -> list[ModelVersion]:
         return sorted(client().search_model_versions(f"name='{name}'"), key=lambda v: int(v.version))
 
 
-def registered() -> Iterator[tuple[str, dict[str, int], dict[str, str]]]:
-    """Every registered model: its name, the version behind each alias, its tags."""
+def registered() -> Iterator[tuple[str, dict[str, int]]]:
+    """Every registered model but the ledgers: its name, and the version behind each alias."""
     token = None
     while token != "":
         with speaking():
             page = client().search_registered_models(page_token=token, max_results=100)
         for model in page:
-            yield model.name, {alias: int(version) for alias, version in model.aliases.items()}, dict(model.tags)
+            if not model.name.endswith(LEDGER):
+                yield model.name, {alias: int(version) for alias, version in model.aliases.items()}
         token = page.token or ""
 
 

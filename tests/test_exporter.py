@@ -1,6 +1,5 @@
 """The numbers for Prometheus, read as Prometheus reads them: over HTTP, from a real store."""
 
-import json
 import subprocess
 import sys
 import threading
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from slimline import exporter, store
+from slimline import exporter, ledger, store
 from slimline.errors import ConfigError, StoreError
 from tests.stores import saved
 
@@ -66,20 +65,14 @@ def candidate(folder, name, verdict, number):
     return store.register(name, ref, f"{name}-{number}", {"slimline.verdict": verdict}, "")
 
 
-def moved(name, number, version, at):
-    """The champion moved, as release.promote leaves it."""
-    store.set_alias(name, "champion", version)
-    entry = {"name": name, "from": None, "to": version, "at": at}
-    store.tag_model(name, {f"slimline.move.{number:06}": json.dumps(entry)})
-
-
 def test_a_champion_is_shown_with_the_time_of_its_last_move(fresh_store, tmp_path):
-    first = candidate(tmp_path, "reviews", "PASS", 1)
-    moved("reviews", 1, first, "2026-10-01T00:00:00Z")
-    second = candidate(tmp_path, "reviews", "PASS", 2)
-    moved("reviews", 2, second, "2026-11-01T00:00:00Z")
+    start = time.time()
+    for number, before in ((1, None), (2, 1)):
+        version = candidate(tmp_path, "reviews", "PASS", number)
+        ledger.move("reviews", version, before, "promote", {})
     (one,) = exporter.standings()
-    assert one == ("reviews", 2, 1793491200.0, 2, ("PASS", "PASS"))
+    assert one._replace(moved_at_s=None) == ("reviews", 2, None, 2, ("PASS", "PASS"))
+    assert start - 1 < one.moved_at_s < time.time() + 1
 
 
 @pytest.mark.parametrize(
@@ -116,7 +109,7 @@ def test_prometheus_reads_champions_and_every_step_that_ends_once(fresh_store, t
             store.log_metrics(run_id, {"step_seconds": 42.0, "step_peak_memory_bytes": 3e9})
         with pytest.raises(ValueError), store.step_run("prune.heads", {}, {}):
             raise ValueError("on purpose")
-        moved("reviews", 1, version, "2026-11-01T00:00:00Z")
+        ledger.move("reviews", version, None, "promote", {})
         until(port, ("slimline_steps_total", "FAILED", "prune.heads"), 1.0)
         numbers = until(port, ("slimline_champion_version", "reviews"), 1.0)
         time.sleep(0.5)  # two more looks
