@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from slimline import artifact, errors, launch, recipe, release, store, summary
+from tests.test_finish import hook  # noqa: F401
 from tests.tiny import make_data, make_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -108,6 +109,8 @@ def test_everything_hangs_under_one_run_with_recipe_environment_data_and_report(
     assert {f.path for f in client.list_artifacts(run_id)} >= {"recipe.yaml", "environment.txt", "report.html"}
     assert parent.data.tags["slimline.command"] == "slimline run optimize -f recipe.yaml"
     assert len(parent.data.tags["slimline.limits"]) == 64
+    assert parent.data.tags["slimline.outcome"] == "FINISHED"  # by the pipeline's last step
+    assert parent.data.tags["slimline.sentence"].startswith("PASS. Version 1 of tiny is now the champion")
     where = f"tags.`mlflow.parentRunId` = '{run_id}'"
     steps = list(client.search_runs([parent.info.experiment_id], where))
     assert {s.info.status for s in steps} == {"FINISHED"} and len(steps) >= 14
@@ -122,6 +125,17 @@ def test_weights_are_stored_once_and_nothing_stored_is_a_pickle(world):
     weights = [artifact.digest(f) for f in files if f.suffix in (".safetensors", ".onnx")]
     assert len(weights) == len(set(weights)) == 7
     assert not [f for f in files if f.suffix in (".pkl", ".pickle", ".bin", ".pt", ".pth")]
+
+
+def test_the_page_of_kubeflow_gets_numbers_matrices_curves_and_the_report(world):
+    folder = world["folder"] / "slimline-store" / "runs" / world["outcome"].run_id / "kfp"
+    shown = {file.parent.name: file.read_text() for file in folder.rglob("executor_output.json")}
+    measured = [text for step, text in shown.items() if step.startswith("evaluate-quality")]
+    assert len(measured) >= 4
+    for text in measured:
+        assert "confusionMatrix" in text and "confidenceMetrics" in text and "accuracy" in text
+    assert "optimize: finished" in next(folder.rglob("finish/told")).read_text()
+    assert "tiny version 1" in next(folder.rglob("report/page")).read_text()
 
 
 def test_a_second_run_reuses_every_step_and_registers_nothing_new(world):
@@ -175,13 +189,16 @@ def test_a_candidate_that_loses_too_much_is_registered_with_its_reasons_and_not_
     assert refused.returncode == 4 and "--require-pass" in refused.stderr
 
 
-def test_a_steps_error_is_the_runs_error_and_what_was_finished_stays(world):
+def test_a_steps_error_is_the_runs_error_and_what_was_finished_stays(world, hook):  # noqa: F811
     values = {**world["values"], "name": "broken", "distill_layers": 9}
     with pytest.raises(errors.ConfigError, match="'layers' is 9, but the teacher has 3"):
         launch.run("optimize", values, lambda event: None)
     assert store.versions("broken") == []
     runs = store.client().search_runs([store.experiment("optimize")], "tags.`slimline.pipeline` = 'optimize'")
-    assert "FAILED" in {r.info.status for r in runs}
+    (broken,) = (r for r in runs if r.info.status == "FAILED")
+    assert broken.data.tags["slimline.failed_step"] == "distill.logits"
+    ((_, _, told),) = hook.taken
+    assert told["text"].startswith("optimize: failed.") and "'layers' is 9" in told["text"]
     failed = cli(world, "run", "optimize", "-f", "recipe.yaml", "--set", "distill_layers=9", "--set", "name=broken")
     assert failed.returncode == 2
     assert failed.stderr.strip().endswith("Ask for fewer.") and "Traceback" not in failed.stderr
@@ -219,6 +236,6 @@ def test_a_pipeline_can_be_written_out_for_kubeflow(tmp_path):
     launch.compile("optimize", tmp_path / "optimize.yaml")
     spec = next(yaml.safe_load_all((tmp_path / "optimize.yaml").read_text()))
     assert spec["pipelineInfo"]["name"] == "optimize"
-    assert all(not t.get("cachingOptions", {}).get("enableCache") for t in spec["root"]["dag"]["tasks"].values())
+    assert "enableCache" not in (tmp_path / "optimize.yaml").read_text()
     with pytest.raises(errors.ConfigError, match=r"nothing\.py does not exist"):
         launch.compile("nothing.py", tmp_path / "x.yaml")
