@@ -1,8 +1,16 @@
-"""Fixtures for all tests: see stores.py for stores and tiny.py for models."""
+"""Fixtures for all tests: see stores.py for stores, servers.py for real servers and tiny.py for models."""
 
 import pytest
 from hypothesis import settings
 
+from tests.servers import (  # noqa: F401
+    postgres,
+    proxied_server,
+    proxied_store,
+    remote_store,
+    s3_server,
+    tracking_server,
+)
 from tests.stores import fresh_store, migrated  # noqa: F401
 from tests.tiny import make_data, make_tiny, seal_tiny
 
