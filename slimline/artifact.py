@@ -79,7 +79,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".data", ".engine", ".gguf")
 
 def digest(path: Path) -> str:
     """The name of these bytes: of one file, or of all files below a directory except its manifest."""
-    return _file(path).sha256 if path.is_file() else _combine(_files(path))
+    return file(path).sha256 if path.is_file() else combine(_files(path))
 
 
 def seal(
@@ -100,7 +100,7 @@ def seal(
         labels=labels,
         base=base,
         files=files,
-        digest=_combine(files),
+        digest=combine(files),
         history=history,
         runtime=runtime or {},
     )
@@ -134,27 +134,29 @@ def verify(path: Path) -> Manifest:
             continue
         what = "is missing" if is_there is None else "was added" if wanted is None else "has changed"
         raise StoreError(f"{path / name} {what} since it was sealed. Delete the copy, or run the step again.")
-    if _combine(found) != manifest.digest:
+    if combine(found) != manifest.digest:
         raise StoreError(f"{path / MANIFEST} does not match its own files. Delete the copy, or run the step again.")
     return manifest
 
 
 def _files(path: Path) -> dict[str, File]:
     files = {}
-    for file in sorted(path.rglob("*")):
-        if file.is_symlink():
-            raise StoreError(f"{file} is a symbolic link, which a stored model never holds. Replace it by the file.")
-        if file.is_file() and file.name not in (MANIFEST, f".{MANIFEST}"):
-            files[file.relative_to(path).as_posix()] = _file(file)
+    for found in sorted(path.rglob("*")):
+        if found.is_symlink():
+            raise StoreError(f"{found} is a symbolic link, which a stored model never holds. Replace it by the file.")
+        if found.is_file() and found.name not in (MANIFEST, f".{MANIFEST}"):
+            files[found.relative_to(path).as_posix()] = file(found)
     return files
 
 
-def _file(file: Path) -> File:
-    with file.open("rb") as handle:
-        return File(sha256=hashlib.file_digest(handle, "sha256").hexdigest(), size_bytes=file.stat().st_size)
+def file(path: Path) -> File:
+    """Size and digest of one file, read now."""
+    with path.open("rb") as handle:
+        return File(sha256=hashlib.file_digest(handle, "sha256").hexdigest(), size_bytes=path.stat().st_size)
 
 
-def _combine(files: dict[str, File]) -> str:
+def combine(files: dict[str, File]) -> str:
+    """The digest of a directory with these files."""
     whole = hashlib.sha256()
     for name in sorted(files):
         whole.update(f"{name}\0{files[name].sha256}\n".encode())

@@ -94,16 +94,35 @@ def perform(
                     store.log_data(run_id, value.path, value.digest, name)
                 else:
                     store.link_input(run_id, value.ref)
-            start = time.perf_counter()
-            made = make(out, _teller(name))
-            cost = time.perf_counter() - start
-            manifest = _seal(out, made, name, config, data, code, cost)
-            ref = store.save(run_id, out, manifest)
-            peak = float(manifest.history[-1].peak_memory_bytes)
-            numbers = {**made.metrics, "step_seconds": cost, "step_peak_memory_bytes": peak}
-            store.log_metrics(run_id, numbers)
-    progress.emit("end", name, ref=ref, reused=False, seconds=cost, metrics=numbers)
+            manifest = _left_sealed(out, key)
+            if manifest is None:
+                start = time.perf_counter()
+                made = make(out, _teller(name))
+                manifest = _seal(out, made, name, config, data, code, time.perf_counter() - start)
+            stage = manifest.history[-1]
+            peak = float(stage.peak_memory_bytes)
+            numbers = {**stage.metrics, "step_seconds": stage.seconds, "step_peak_memory_bytes": peak}
+            try:
+                store.log_metrics(run_id, numbers)
+                ref = store.save(run_id, out, manifest)
+            except StoreError:
+                if not resumes:  # whose folder stays as it is
+                    unfinished.keep(store.home() / "unfinished", f"sealed-{key}", out)
+                raise
+    progress.emit("end", name, ref=ref, reused=False, seconds=stage.seconds, metrics=numbers)
     return ref, numbers
+
+
+def _left_sealed(out: Path, key: str) -> Manifest | None:
+    """What an earlier try has made and sealed, and could not save as the store was away: now in `out`."""
+    unfinished.take(store.home() / "unfinished", f"sealed-{key}", out)
+    if not (out / artifact.MANIFEST).is_file():
+        return None
+    try:
+        return artifact.verify(out)
+    except StoreError:
+        (out / artifact.MANIFEST).unlink()
+        return None
 
 
 WAITS = "waiting for another process that runs this very step"

@@ -2,8 +2,10 @@
 
 A run of a step is an MLflow run; a sealed model is an MLflow LoggedModel, uploaded once, manifest last; its ref is
 `runs:/<run id>/model`. An evaluation is an artifact of its run, `runs:/<run id>/evaluation`. Bytes are checked against
-their manifest whenever they are read. `MLFLOW_TRACKING_URI` rules; without it the store is `slimline-store/` here:
-SQLite and a folder beside it.
+their manifest while they come from a server (fetched.py), and whenever they are read from a store of this machine.
+`MLFLOW_TRACKING_URI` rules; without it the store is `slimline-store/` here: SQLite and a folder beside it. A server
+that is away is asked again (retry.py); what it might have made before its answer was lost is looked for before it is
+asked to make it again.
 """
 
 # Long because it is the only file that may know MLflow, and so holds all that slimline asks of it.
@@ -14,35 +16,43 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import tempfile
 import time
 import urllib.error
 import urllib.request
+import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-# MLflow reads these while it is imported: no telemetry, no bars and no chatter in a step's log, bounded retries.
+# MLflow reads these while it is imported: no telemetry, no bars and no chatter in a step's log, and no retries of its
+# own, which would repeat what must happen once (retry.py does it, and knows what may be repeated).
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # where --json goes
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import mlflow
+import requests
+import yaml
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import (
     Dataset,
     DatasetInput,
     InputTag,
+    LoggedModel,
     LoggedModelInput,
     LoggedModelOutput,
+    LoggedModelStatus,
     Metric,
     Param,
     Run,
@@ -51,9 +61,11 @@ from mlflow.entities import (
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.utils.credentials import get_default_host_creds
 
-from slimline import __version__, artifact, serve
+from slimline import __version__, artifact, fetched, retry, serve, transfer
 from slimline.artifact import Manifest
 from slimline.errors import ConfigError, DeniedError, StoreError
 
@@ -61,6 +73,17 @@ PREFIX = "slimline."
 LIVE = "RUNNING"
 PIPELINE_RUN = PREFIX + "pipeline_run"
 """The tag that ties a run here to a run of Kubeflow's."""
+REQUEST = PREFIX + "request"
+"""Names one request to make something, so that it is known again if the answer was lost."""
+
+
+def by_key(key: str) -> str:
+    """The tag under which a run or a version with this key is found.
+
+    The key is in the tag's name: MLflow's tables have an index by name, and none by value, so that a search for
+    `slimline.key = ...` would read a tag of every run there is.
+    """
+    return f"{PREFIX}key.{hashlib.sha256(key.encode()).hexdigest()[:32]}"
 
 
 def home() -> Path:
@@ -92,11 +115,79 @@ def _client(where: str, root: Path) -> MlflowClient:
 
 
 def client() -> MlflowClient:
-    """The connection to the store of this process. Raises StoreError when it cannot be reached."""
-    try:
-        return _client(uri(), home())
-    except (MlflowException, OSError) as error:
-        raise StoreError(f"the store at {uri()} cannot be opened: {_first_line(error)}. {HINT}") from None
+    """The connection to the store of this process. Raises StoreError when it cannot be reached.
+
+    What a server has no answer for is asked again, except what makes something new (see `_once`).
+    """
+    where = uri()
+
+    def opened() -> MlflowClient:
+        try:
+            return _client(where, home())
+        except (MlflowException, OSError) as error:
+            raise StoreError(f"the store at {where} cannot be opened: {_first_line(error)}. {HINT}") from None
+
+    if not where.startswith("http"):
+        return opened()
+    if not retry.patient():  # a person waits, and may have mistyped it
+        return Patient(opened())  # type: ignore[return-value]
+    away = retry.again(opened, lambda e: str(e).split(". ")[0] if isinstance(e, StoreError) else "", _server())
+    return Patient(away)  # type: ignore[return-value]
+
+
+class Patient:
+    """An MlflowClient that repeats what a server has not answered, if it may be repeated."""
+
+    def __init__(self, made: MlflowClient) -> None:
+        self.made = made
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self.made, name)
+        if name.startswith("create_") or name == "log_outputs" or not callable(call):
+            return call
+        return lambda *given, **named: retry.again(lambda: call(*given, **named), _passing, _server())
+
+
+def _server() -> str:
+    return f"the tracking server at {uri()}"
+
+
+PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+
+
+def _passing(error: Exception) -> str:
+    """Why an error of MLflow's may go by, in a few words; nothing if it will not."""
+    if not isinstance(error, MlflowException) or error.error_code not in PASSING or not uri().startswith("http"):
+        return ""
+    said = str(error)
+    answered = re.search(r"too many (\d+) error", said)
+    system = re.search(r"\[Errno \d+\] ([\w ]+)", said)
+    cause = re.search(r"Read timed out|RemoteDisconnected|ConnectionResetError", said)
+    if answered:
+        return f"it answers {answered[1]}"
+    return system[1] if system else cause[0] if cause else _first_line(error)[-160:]
+
+
+def _once(make: Callable[[], Any], find: Callable[[], list[Any]], drop: Callable[[Any], Any] = lambda _: None) -> Any:
+    """What `make` makes, once, though its answer may be lost: it is looked for before it is made again.
+
+    If it is there twice all the same, for a request may come late, the first of what `find` lists stays.
+    """
+    tries = 0
+
+    def attempt() -> Any:
+        nonlocal tries
+        tries += 1
+        there = find() if tries > 1 else []
+        made = there[0] if there else make()
+        if tries > 1:
+            first, *others = find() or [made]
+            for double in others:
+                drop(double)
+            return first
+        return made
+
+    return retry.again(attempt, _passing, _server())
 
 
 HINT = "Check MLFLOW_TRACKING_URI, or run `slimline doctor`."
@@ -123,6 +214,11 @@ def speaking() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
+        if error.error_code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED") or "error code 401" in str(error):
+            raise StoreError(
+                f"{_server()} does not take the sign-in of this process (401). Check MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+            ) from None
         raise StoreError(f"the store at {uri()} refused: {_first_line(error)}. {HINT}") from None
 
 
@@ -135,7 +231,12 @@ def experiment(name: str) -> str:
     if found is None:
         location = str(home() / "artifacts" / name) if uri().startswith("sqlite:") else None
         try:
-            return str(client().create_experiment(name, artifact_location=location))
+            return str(
+                _once(
+                    lambda: client().create_experiment(name, artifact_location=location),
+                    lambda: [e.experiment_id for e in [client().get_experiment_by_name(name)] if e],
+                )
+            )
         except MlflowException:
             found = client().get_experiment_by_name(name)
             if found is None:
@@ -150,14 +251,36 @@ def start_pipeline(name: str, pipeline: str, recipe: dict[str, Any], command: st
     plug-in has made, where it is on.
     """
     with speaking():
-        run_id = pipeline_run() or str(client().create_run(experiment(pipeline), run_name=name).info.run_id)
-        log_params(run_id, recipe)
         tags = {PREFIX + "pipeline": pipeline, PREFIX + "command": command, **_process_tags()}
-        set_tags(run_id, tags if joined_run() else {"mlflow.runName": name, **tags})
-        client().log_dict(run_id, recipe, "recipe.yaml")
+        tags = tags if joined_run() else {"mlflow.runName": name, **tags}
+        if run_id := pipeline_run():
+            set_tags(run_id, tags)
+        else:
+            run_id = _create_run(experiment(pipeline), name, tags)
+        log_params(run_id, recipe)
         packages = sorted(f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions())
-        client().log_text(run_id, "\n".join(dict.fromkeys(packages)) + "\n", "environment.txt")
+        with tempfile.TemporaryDirectory(prefix="slimline-") as scratch:
+            folder = Path(scratch)
+            (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+            (folder / "environment.txt").write_text("\n".join(dict.fromkeys(packages)) + "\n", encoding="utf-8")
+            _send(_artifacts(run_id), {file.name: file for file in folder.iterdir()})
         return run_id
+
+
+def _create_run(experiment_id: str, name: str, tags: dict[str, str]) -> str:
+    request = uuid.uuid4().hex
+    asked = {**tags, REQUEST: request}
+
+    def find() -> list[Run]:
+        where = f"tags.`{REQUEST}` = '{request}'"
+        return sorted(client().search_runs([experiment_id], where, max_results=10), key=lambda run: run.info.run_id)
+
+    run = _once(
+        lambda: client().create_run(experiment_id, tags=asked, run_name=name),
+        find,
+        lambda double: client().delete_run(double.info.run_id),
+    )
+    return str(run.info.run_id)
 
 
 def end(run_id: str, status: str = "FINISHED") -> None:
@@ -191,10 +314,10 @@ def _run_of(where: str, experiment_name: str, key: str) -> str:
         place = experiment(experiment_name)
 
         def found() -> list[Run]:
-            return list(client().search_runs([place], f"tags.`{PIPELINE_RUN}` = '{key}'"))
+            return list(client().search_runs([place], f"tags.`{by_key(key)}` = '1'"))
 
         if not found():
-            client().create_run(place, tags={PIPELINE_RUN: key}, run_name=experiment_name)
+            _create_run(place, experiment_name, {PIPELINE_RUN: key, by_key(key): "1"})
         return str(min((run.info.start_time, run.info.run_id) for run in found())[1])
 
 
@@ -253,14 +376,16 @@ def step_run(name: str, tags: dict[str, str], config: dict[str, Any]) -> Iterato
     """
     with speaking():
         joined, parent = joined_run(), pipeline_run()
+        key = tags.get(PREFIX + "key", "")
+        tags = {**tags, **({by_key(key): "1"} if key else {}), PREFIX + "technique": name, **_process_tags()}
+        _bury_the_dead(key)
         if joined:
             run_id = joined
+            set_tags(run_id, tags)
         else:
             where = client().get_run(parent).info.experiment_id if parent else experiment("slimline")
             nested = {"mlflow.parentRunId": parent} if parent else {}
-            run_id = str(client().create_run(where, tags=nested, run_name=name).info.run_id)
-        _bury_the_dead(tags.get(PREFIX + "key", ""))
-        set_tags(run_id, {**tags, PREFIX + "technique": name, **_process_tags()})
+            run_id = _create_run(where, name, {**nested, **{k: str(v)[:8000] for k, v in tags.items()}})
         log_params(run_id, config)
     try:
         yield run_id
@@ -342,8 +467,9 @@ def log_data(run_id: str, path: Path, digest: str, context: str) -> None:
 
 
 def log_file(run_id: str, file: Path, folder: str | None = None) -> None:
+    """Keep a file among the artifacts of a run."""
     with speaking():
-        client().log_artifact(run_id, str(file), folder)
+        _send(_artifacts(run_id), {f"{folder}/{file.name}" if folder else file.name: file})
 
 
 def local_artifacts(run_id: str) -> Path | None:
@@ -355,12 +481,22 @@ def local_artifacts(run_id: str) -> Path | None:
 
 def fetch_file(run_id: str, name: str) -> Path:
     """One artifact of a run, as a local file."""
-    folder = local_artifacts(run_id)
-    try:
-        path = folder / name if folder else Path(client().download_artifacts(run_id, name))
-    except MlflowException:
-        path = None
-    if path is None or not path.is_file():
+    uri_of_run = _artifacts(run_id)
+    where = transfer.place(uri_of_run, _session, uri())
+    if isinstance(where, transfer.Folder):
+        path = where.path / name
+    else:
+        path = home() / "fetched" / "files" / run_id / name
+        try:
+            if where is None:
+                path = Path(client().download_artifacts(run_id, name))
+            else:
+                transfer.download(where, {name: (path, None)})
+        except transfer.Gone:
+            path.unlink(missing_ok=True)
+        except MlflowException:
+            path = Path()
+    if not path.is_file():
         raise StoreError(
             f"run {run_id} has no {name}: it did not reach its end, or its pipeline makes none (optimize does). "
             "See what it made with `slimline show`."
@@ -368,40 +504,118 @@ def fetch_file(run_id: str, name: str) -> Path:
     return path
 
 
+def _artifacts(run_id: str) -> str:
+    with speaking():
+        return str(client().get_run(run_id).info.artifact_uri)
+
+
 # Bytes
 
 
 def save(run_id: str, path: Path, manifest: Manifest) -> str:
-    """Upload a sealed directory once, its manifest last, and return its ref."""
+    """Upload a sealed directory once, its manifest last, and return its ref.
+
+    A model is READY, and so to be found, when all of it is there; one that is not is taken away again if it can be.
+    """
     with speaking():
+        run = client().get_run(run_id)
+        names = {name: path / name for name in manifest.files}
         if manifest.format == "evaluation":
-            _upload(path, lambda folder, sub: client().log_artifacts(run_id, folder, sub), "evaluation")
+            place = f"{run.info.artifact_uri}/evaluation"
+            _send(place, names)
+            _send(place, {artifact.MANIFEST: path / artifact.MANIFEST})
+            set_tags(run_id, {PREFIX + "digest": manifest.digest})
             return f"runs:/{run_id}/evaluation"
-        experiment_id = client().get_run(run_id).info.experiment_id
-        model = client().create_logged_model(
-            experiment_id, name="model", source_run_id=run_id, tags={PREFIX + "digest": manifest.digest}
+        model = _create_model(run.info.experiment_id, run_id, manifest)
+        try:
+            with tempfile.TemporaryDirectory(prefix="slimline-") as scratch:
+                described = _describe(Path(scratch), model, run_id, manifest)
+                _send(model.artifact_location, {f"data/model/{name}": file for name, file in names.items()} | described)
+            _send(model.artifact_location, {f"data/model/{artifact.MANIFEST}": path / artifact.MANIFEST})
+            client().finalize_logged_model(model.model_id, "READY")
+        except BaseException:
+            _discard(model)
+            raise
+        _once(
+            lambda: client().log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)]),
+            lambda: [o for o in _outputs(run_id) if o.model_id == model.model_id],
         )
-        with tempfile.TemporaryDirectory(prefix="slimline-") as scratch:
-            folder = Path(scratch) / "mlflow"
-            with warnings.catch_warnings():  # that there is no input example: an example would be run to no end
-                warnings.simplefilter("ignore")
-                mlflow.pyfunc.save_model(
-                    path=str(folder),
-                    loader_module="slimline.serve",
-                    data_path=str(path),
-                    signature=signature(manifest.task),
-                    streamable=manifest.task == "text-generation",
-                    pip_requirements=[f"slimline=={__version__}"],
-                    mlflow_model=Model(artifact_path=model.artifact_location, run_id=run_id, model_id=model.model_id),
-                )
-            inner = next((folder / "data").iterdir())
-            if inner.name != "model":
-                raise StoreError(f"{path} must be a folder named 'model' to be saved.")
-            _upload(folder, lambda f, sub: client().log_model_artifacts(model.model_id, f, sub or None), "", inner)
-        client().finalize_logged_model(model.model_id, "READY")
-        client().log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
         set_tags(run_id, {PREFIX + "model": model.model_id, PREFIX + "digest": manifest.digest})
         return f"runs:/{run_id}/model"
+
+
+def _outputs(run_id: str) -> list[LoggedModelOutput]:
+    outputs = client().get_run(run_id).outputs
+    return list(outputs.model_outputs) if outputs else []
+
+
+def _create_model(experiment_id: str, run_id: str, manifest: Manifest) -> LoggedModel:
+    request = uuid.uuid4().hex
+    named = {PREFIX + "digest": manifest.digest, REQUEST: request}
+
+    def find() -> list[LoggedModel]:
+        found = client().search_logged_models([experiment_id], f"tags.`{REQUEST}` = '{request}'")
+        return sorted(found, key=lambda model: model.model_id)
+
+    made: LoggedModel = _once(
+        lambda: client().create_logged_model(experiment_id, name="model", source_run_id=run_id, tags=named),
+        find,
+        lambda double: client().delete_logged_model(double.model_id),
+    )
+    return made
+
+
+def _describe(scratch: Path, model: LoggedModel, run_id: str, manifest: Manifest) -> dict[str, Path]:
+    """What MLflow wants beside a model, written around an empty folder: the bytes go from where they are."""
+    (scratch / "model").mkdir()
+    described = Model(artifact_path=model.artifact_location, run_id=run_id, model_id=model.model_id)
+    with warnings.catch_warnings():  # that there is no input example: an example would be run to no end
+        warnings.simplefilter("ignore")
+        mlflow.pyfunc.save_model(
+            path=str(scratch / "mlflow"),
+            loader_module="slimline.serve",
+            data_path=str(scratch / "model"),
+            signature=signature(manifest.task),
+            streamable=manifest.task == "text-generation",
+            pip_requirements=[f"slimline=={__version__}"],
+            mlflow_model=described,
+        )
+    described.model_size_bytes = manifest.size_bytes
+    described.save(str(scratch / "mlflow" / "MLmodel"))
+    return {file.name: file for file in (scratch / "mlflow").iterdir() if file.is_file()}
+
+
+def _discard(model: LoggedModel) -> None:
+    """Take a model that never became READY away, with its bytes, as well as the store answers."""
+    with suppress(Exception):  # the reason why it was not finished is worth more than this
+        where = transfer.place(model.artifact_location, _session, uri())
+        if where is not None:
+            where.remove()
+    with suppress(Exception):
+        _client(uri(), home()).delete_logged_model(model.model_id)
+
+
+def _send(place: str, files: dict[str, Path]) -> None:
+    """Upload files to their names below an artifact uri."""
+    where = transfer.place(place, _session, uri())
+    if where is not None:
+        transfer.upload(where, files)
+        return
+    for name, file in files.items():  # a kind of store that only MLflow knows
+        repository: Any = get_artifact_repository(place)
+        repository.log_artifact(str(file), name.rpartition("/")[0] or None)
+
+
+def _session() -> requests.Session:
+    """A session that is signed in to the tracking server as MLflow's own client is."""
+    known = get_default_host_creds(uri())  # type: ignore[no-untyped-call]
+    session = requests.Session()
+    session.verify, session.cert = known.verify, known.client_cert_path
+    if known.username and known.password:
+        session.auth = (known.username, known.password)
+    elif known.token:
+        session.headers["Authorization"] = f"Bearer {known.token}"
+    return session
 
 
 def signature(task: str) -> ModelSignature:
@@ -414,31 +628,18 @@ def signature(task: str) -> ModelSignature:
     return ModelSignature(text, Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "score")]))
 
 
-def _upload(folder: Path, put: Any, sub: str, inner: Path | None = None) -> None:
-    manifest = (inner or folder) / artifact.MANIFEST
-    with tempfile.TemporaryDirectory(prefix="slimline-") as aside:
-        last = Path(aside) / artifact.MANIFEST
-        if inner is None:  # the caller's own folder: leave it as it is
-            copy = Path(aside) / "tree"
-            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(artifact.MANIFEST))
-            shutil.copy2(manifest, last)
-            put(str(copy), sub)
-            shutil.rmtree(copy)
-        else:
-            shutil.move(manifest, last)
-            put(str(folder), sub)
-        put(aside, sub if inner is None else "/".join(filter(None, (sub, f"data/{inner.name}"))))
-
-
 def fetch(ref: str) -> Path:
     """A local, verified copy of what a ref names: a sealed directory, or a file or folder of this machine as it is."""
     if not ref:
         raise StoreError("an empty ref was given where a model or a file is needed. Name one.")
     if ref.startswith(("runs:", "models:")):
         with speaking():
-            place = _place(ref)
+            place, digest = _place(ref)
         path = _local(place, ref)
-        artifact.verify(path)
+        if digest and artifact.read(path).digest != digest:
+            raise StoreError(
+                f"{ref} is not what was saved: its manifest has changed. Run the step again, or restore the files."
+            )
         return path
     if "://" in ref or ref.startswith("hub:"):
         raise StoreError(
@@ -454,20 +655,21 @@ def fetch(ref: str) -> Path:
     return path
 
 
-def _place(ref: str) -> str:
-    """The artifact uri behind a ref, down to the folder that holds the manifest."""
+def _place(ref: str) -> tuple[str, str]:
+    """The artifact uri behind a ref, down to the folder that holds the manifest, and the digest that was saved."""
     kind, _, rest = ref.partition(":/")
     if kind == "runs":
         run_id, _, folder = rest.strip("/").partition("/")
         run = _get_run(run_id, ref)
         if folder == "evaluation":
-            return f"{run.info.artifact_uri}/evaluation"
+            return f"{run.info.artifact_uri}/evaluation", run.data.tags.get(PREFIX + "digest", "")
         model_id = run.data.tags.get(PREFIX + "model")
         if folder != "model" or not model_id:
             raise StoreError(f"{ref} does not resolve: run {run_id} has no finished model. Run the step again.")
-        return f"{client().get_logged_model(model_id).artifact_location}/data/model"
-    model_id = rest if rest.startswith("m-") else _model_id(version_of(ref), ref)
-    return f"{client().get_logged_model(model_id).artifact_location}/data/model"
+    else:
+        model_id = rest if rest.startswith("m-") else _model_id(version_of(ref), ref)
+    model = client().get_logged_model(model_id)
+    return f"{model.artifact_location}/data/model", model.tags.get(PREFIX + "digest", "")
 
 
 def _model_id(version: ModelVersion, ref: str) -> str:
@@ -497,20 +699,25 @@ def _get_run(run_id: str, ref: str) -> Run:
 
 
 def _local(place: str, ref: str) -> Path:
-    plain = place.removeprefix("file://")
-    if plain.startswith("/"):
-        if not Path(plain).is_dir():
-            raise StoreError(f"{ref} points to {plain}, which is gone. Run the step again, or restore the folder.")
-        return Path(plain)
+    """A checked copy on this machine: the folder itself, or what was fetched from a server."""
+    where = transfer.place(place, _session, uri())
+    if isinstance(where, transfer.Folder):
+        if not where.path.is_dir():
+            raise StoreError(f"{ref} points to {where.path}, which is gone. Run the step again, or restore the folder.")
+        artifact.verify(where.path)
+        return where.path
     cache = home() / "fetched" / hashlib.sha256(f"{uri()} {place}".encode()).hexdigest()[:24]
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{cache}.lock"):
+        if where is not None:
+            return fetched.copy(cache, where)
         if not (cache / "model" / artifact.MANIFEST).is_file():
             shutil.rmtree(cache, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
                 got = mlflow.artifacts.download_artifacts(artifact_uri=place, dst_path=scratch)
                 cache.mkdir()
                 shutil.move(got, cache / "model")
+        artifact.verify(cache / "model")
     return cache / "model"
 
 
@@ -545,30 +752,41 @@ def register(name: str, ref: str, key: str, version_tags: dict[str, str], descri
     run_id = run_id_of(ref)
     model_id = tags(run_id)[PREFIX + "model"]
     with _permitted(name):
-        try:
-            client().get_registered_model(name)
-        except MlflowException:
-            try:
-                client().create_registered_model(name)
-            except MlflowException:
-                client().get_registered_model(name)  # somebody else made it just now
-        if not _versions(name, key):
-            client().create_model_version(
-                name,
-                source=f"models:/{model_id}",
-                run_id=run_id,
-                model_id=model_id,
-                tags={PREFIX + "key": key, **version_tags},
-                description=description,
-            )
         found = _versions(name, key)
+        if not found:
+            _have_model(name)
+            _once(
+                lambda: client().create_model_version(
+                    name,
+                    source=f"models:/{model_id}",
+                    run_id=run_id,
+                    model_id=model_id,
+                    tags={PREFIX + "key": key, by_key(key): "1", **version_tags},
+                    description=description,
+                ),
+                lambda: _versions(name, key),
+            )
+            found = _versions(name, key)
         for double in found[1:]:
             client().set_model_version_tag(name, str(double), PREFIX + "duplicate_of", str(found[0]))
         return found[0]
 
 
+def _have_model(name: str) -> None:
+    """Make a registered model unless it is there: found out by trying, as to read one is to read all its versions."""
+
+    def make() -> None:
+        try:
+            client().create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    retry.again(make, _passing, _server())
+
+
 def _versions(name: str, key: str) -> list[int]:
-    found = client().search_model_versions(f"name='{name}' and tags.`{PREFIX}key`='{key}'")
+    found = client().search_model_versions(f"name='{name}' and tags.`{by_key(key)}`='1'")
     return sorted(int(v.version) for v in found)
 
 
@@ -650,11 +868,14 @@ DESCRIPTION = 5000
 
 
 def fetch_again(ref: str, scratch: Path) -> Path:
-    """What a ref names, read from the store itself and not from this machine's copies. It is not verified."""
+    """What a ref names, read from the store itself and not from this machine's copies. Of a folder here, unverified."""
     with speaking():
-        place = _place(ref)
-        if place.removeprefix("file://").startswith("/"):
-            return _local(place, ref)
+        place, _ = _place(ref)
+        where = transfer.place(place, _session, uri())
+        if isinstance(where, transfer.Folder):
+            return where.path
+        if where is not None:
+            return fetched.copy(scratch, where)
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=place, dst_path=str(scratch)))
 
 
@@ -735,7 +956,7 @@ def check_name(name: str) -> None:
 
 def _with_key(key: str, status: str) -> list[Run]:
     experiments = [e.experiment_id for e in client().search_experiments()]
-    where = f"tags.`{PREFIX}key` = '{key}' and attributes.status = '{status}'"
+    where = f"tags.`{by_key(key)}` = '1' and attributes.status = '{status}'"
     return list(client().search_runs(experiments, where, order_by=["attributes.start_time ASC"], max_results=20))
 
 
@@ -743,12 +964,21 @@ def _bury_the_dead(key: str) -> None:
     for run in _with_key(key, LIVE) if key else []:
         host, _, pid = run.data.tags.get(PREFIX + "process", "").partition(":")
         if host == socket.gethostname() and pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            for model in client().search_logged_models([run.info.experiment_id], _made_by(run.info.run_id)):
+                if model.status != LoggedModelStatus.READY:
+                    _discard(model)
             _end_quietly(str(run.info.run_id), "KILLED")
 
 
+def _made_by(run_id: str) -> str:
+    return f"source_run_id = '{run_id}'"
+
+
 def _end_quietly(run_id: str, status: str) -> None:
-    with suppress(MlflowException, StoreError):  # the reason why the step ends is worth more than this
-        client().set_terminated(run_id, status)
+    with suppress(
+        MlflowException, StoreError
+    ):  # the reason why the step ends is worth more than this, and than waiting
+        _client(uri(), home()).set_terminated(run_id, status)
 
 
 def _process_tags() -> dict[str, str]:

@@ -53,6 +53,30 @@ def kept(place: Path, name: str, wait: Callable[[], None] = lambda: None) -> Ite
         os.close(lock)
 
 
+def keep(place: Path, name: str, folder: Path) -> None:
+    """Put a finished folder aside, for the next try to `take`; nothing happens where there is no writing."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        _sweep(place, name)
+        shutil.rmtree(place / name, ignore_errors=True)
+        shutil.move(folder, place / name)
+    except OSError:
+        shutil.rmtree(place / name, ignore_errors=True)
+
+
+def take(place: Path, name: str, folder: Path) -> bool:
+    """Move what was put aside into the empty `folder`. Only one process gets it."""
+    mine = place / f"{name}-{os.getpid()}"
+    try:
+        (place / name).rename(mine)
+    except OSError:
+        return False
+    for path in mine.iterdir():
+        shutil.move(path, folder / path.name)
+    mine.rmdir()
+    return True
+
+
 def _take(file: Path, wait: Callable[[], None] = lambda: None, patient: bool = True) -> int | None:
     """The open file of a lock that is now ours; None where there are no locks, or if impatient and somebody has it."""
     told = False

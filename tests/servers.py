@@ -10,7 +10,6 @@ said is in its log, whose end is part of the error if it does not start. As fixt
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import pwd
@@ -28,6 +27,8 @@ from typing import Any
 import pytest
 
 USER, PASSWORD = "admin", "a-password-of-16"
+ELSEWHERE = ("MLFLOW_TRACKING_", "MLFLOW_S3_", "MLFLOW_RUN_ID", "AWS_", "SLIMLINE_")
+"""Variables of the surroundings that would lead a client to another store."""
 KEY, SECRET = "slimline", "a-secret-of-slimline"
 
 
@@ -45,7 +46,7 @@ def free_ports(count: int) -> list[int]:
 class Server:
     """One process with a log, in a group of its own, that ends when this process does."""
 
-    patience_s = 120.0
+    patience_s = 300.0
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,9 +64,11 @@ class Server:
     def start(self, **options: Any) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL), **options,
+                self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, **options
             )  # fmt: skip
+        # Ends the whole group when this process does, however that happens: its end of the pipe is then closed.
+        watch = ["sh", "-c", 'read -r _; kill -s KILL -- "-$0"', str(self.process.pid)]
+        self.keeper = subprocess.Popen(watch, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def wait(self) -> None:
         assert self.process
@@ -83,6 +86,8 @@ class Server:
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)  # the workers that a killed parent leaves behind
+            self.keeper.kill()
+            self.keeper.communicate()
         self.process = None
 
     def __enter__(self):
@@ -128,7 +133,9 @@ class Postgres(Server):
 
     def command(self) -> list[str]:
         settings = ["listen_addresses=127.0.0.1", "unix_socket_directories=", "max_connections=200"]
-        if not self.durable:
+        if self.durable:  # as in earnest, and with a record of what statements cost
+            settings += ["shared_preload_libraries=pg_stat_statements"]
+        else:
             settings += ["fsync=off", "synchronous_commit=off", "full_page_writes=off"]
         options = [word for setting in settings for word in ("-c", setting)]
         return [str(self.bin / "postgres"), "-D", str(self.data / "main"), "-p", str(self.port), *options]
@@ -154,7 +161,7 @@ class Postgres(Server):
     def create(self, database: str) -> str:
         """A new, empty database; returns its url."""
         self._call("createdb", database)
-        return f"postgresql://{USER}:{PASSWORD}@127.0.0.1:{self.port}/{database}"
+        return f"postgresql+psycopg://{USER}:{PASSWORD}@127.0.0.1:{self.port}/{database}"
 
     def drop(self, database: str) -> None:
         self._call("dropdb", "--force", database)
@@ -281,7 +288,7 @@ class Tracking(Server):
         return {**signed_in, **self.s3.env, "MLFLOW_S3_ENDPOINT_URL": self.s3_endpoint}
 
     def url(self, database: str) -> str:
-        return f"postgresql://{USER}:{PASSWORD}@127.0.0.1:{self.database_port}/{database}"
+        return f"postgresql+psycopg://{USER}:{PASSWORD}@127.0.0.1:{self.database_port}/{database}"
 
     def prepare(self) -> None:
         """The databases, the first time."""
@@ -308,6 +315,7 @@ class Tracking(Server):
         settings = self.folder / "users.ini"
         settings.write_text(
             f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {self.url(self.users)}\nadmin_username = {USER}\n"
+            "auth_cache_ttl_seconds = 60\n"  # or each request hashes a password, for a tenth of a second
         )
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SLIMLINE_", "AWS_"))}
         env = {
@@ -364,7 +372,7 @@ def proxied_server(tmp_path_factory, postgres, s3_server):
 
 def use(server: Tracking, home: Path, monkeypatch: pytest.MonkeyPatch) -> Tracking:
     """Make a server the store of this test, with `home` for what this machine keeps."""
-    for variable in [v for v in os.environ if v.startswith(("MLFLOW_", "AWS_", "SLIMLINE_"))]:
+    for variable in [v for v in os.environ if v.startswith(ELSEWHERE)]:
         monkeypatch.delenv(variable)
     for variable, value in {**server.env, "SLIMLINE_STORE": str(home / "slimline-store")}.items():
         monkeypatch.setenv(variable, value)

@@ -135,13 +135,13 @@ def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 if name == "_none":
     calls = []
-    put = store.MlflowClient.log_model_artifacts
-    def counted(self, *args, **kwargs):
+    put = store.transfer.upload
+    def counted(*args):
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return put(self, *args, **kwargs)
-    store.MlflowClient.log_model_artifacts = counted
+        return put(*args)
+    store.transfer.upload = counted
 else:
     original = getattr(place, name)
     setattr(place, name, die)

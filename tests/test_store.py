@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from slimline import artifact, store
+from slimline import artifact, store, transfer
 from slimline.errors import ConfigError, StoreError
 from tests.stores import saved, sealed
 
@@ -22,13 +22,13 @@ def test_a_saved_model_comes_back_byte_for_byte_under_every_kind_of_ref(fresh_st
 
 def test_the_manifest_is_uploaded_last(fresh_store, tmp_path, monkeypatch):
     order = []
-    real = store.MlflowClient.log_model_artifacts
+    real = transfer.upload
 
-    def spy(self, model_id, folder, artifact_path=None):
-        order.append(sorted(name for _, _, files in os.walk(folder) for name in files))
-        return real(self, model_id, folder, artifact_path)
+    def spy(to, files):
+        order.append(sorted(name.rpartition("/")[2] for name in files))
+        real(to, files)
 
-    monkeypatch.setattr(store.MlflowClient, "log_model_artifacts", spy)
+    monkeypatch.setattr(transfer, "upload", spy)
     saved(tmp_path)
     assert order[-1] == ["manifest.json"]
     assert "manifest.json" not in order[0] and "model.safetensors" in order[0]
@@ -102,7 +102,7 @@ def test_a_version_is_made_once_per_key_and_the_lowest_wins(fresh_store, tmp_pat
     assert store.register("reviews", ref, "k", {}, "") == 1
     assert store.register("reviews", ref, "other", {}, "") == 2
     # A reply that was lost after the server had made the version leaves a double behind.
-    store.client().create_model_version("reviews", str(tmp_path), tags={store.PREFIX + "key": "k"})
+    store.client().create_model_version("reviews", str(tmp_path), tags={store.by_key("k"): "1"})
     assert store.register("reviews", ref, "k", {}, "") == 1
     assert store.client().get_model_version("reviews", "3").tags[store.PREFIX + "duplicate_of"] == "1"
 
