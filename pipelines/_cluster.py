@@ -22,7 +22,7 @@ from kfp.dsl import component_factory, pipeline_context, python_component
 from components.outcome import begin, finish
 
 LIGHT = (
-    "begin", "finish", "champion", "champion-language", "gate", "gate-language", "register", "promote",
+    "begin", "finish", "plan", "champion", "champion-language", "gate", "gate-language", "register", "promote",
     "promote-language", "rollback", "report",
 )  # fmt: skip
 """Steps that judge and write down. All others work on weights."""
@@ -93,6 +93,12 @@ def on_cluster(pipeline: Callable[..., Any]) -> Callable[..., Any]:
     around.__signature__ = inspect.Signature([*own.values(), *more.values()])  # type: ignore[attr-defined]
     around.__doc__ = inspect.getdoc(pipeline) + _arguments(asks)  # type: ignore[operator]
     return around
+
+
+def inside(pipeline: Any) -> Callable[..., Any]:
+    """The steps of a pipeline without what is around them, to stand in another one."""
+    steps: Callable[..., Any] = pipeline.pipeline_func.__wrapped__
+    return steps
 
 
 def _beginning(pipeline: Callable[..., Any]) -> python_component.PythonComponent:

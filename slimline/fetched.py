@@ -3,14 +3,19 @@
 A copy is written down, last of all, with size and times of each of its files. As long as these stand still it is taken
 as it is; when one has moved, the bytes are compared with the manifest again, and what differs is fetched anew. Times
 that nobody can set (ctime) are among them, so that a change is seen whoever made it; what is not seen is a disk that
-loses bits by itself. A fetch that was cut short goes on with the files that it lacks.
+loses bits by itself. A fetch that was cut short goes on with the files that it lacks. Of what lies in a bucket and was
+never sealed, such as a data set, the copy is of a version: the entity tags of its objects.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
+
+from filelock import FileLock
 
 from slimline import artifact, transfer
 from slimline.artifact import MANIFEST, Manifest
@@ -39,6 +44,28 @@ def copy(cache: Path, come_from: transfer.Place) -> Path:
     unfinished.replace(folder / MANIFEST)
     _mark(cache, folder)
     return folder
+
+
+def snapshot(root: Path, uri: str) -> Path:
+    """A file or a folder of a bucket as it is now. What has another version there is another copy here."""
+    bucket = transfer.Bucket(uri)
+    found = transfer.versions(bucket)
+    if not found:
+        raise StoreError(f"{uri} does not exist at {bucket.endpoint}. Name an object, or a prefix with some below it.")
+    name = hashlib.sha256(json.dumps([bucket.endpoint, uri, found], sort_keys=True).encode()).hexdigest()[:24]
+    parent, _, last = uri.rstrip("/").rpartition("/")
+    alone = set(found) == {""}
+    files = {last: found[""]} if alone else found
+    goal = root / name / last
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{name}.lock"):
+        if not goal.exists():
+            part = root / name / f".{last}.part"
+            place = transfer.Bucket(parent) if alone else bucket
+            shutil.rmtree(part, ignore_errors=True)
+            transfer.download(place, {file: (part / transfer.safe(file), None) for file in files})
+            (part / last if alone else part).replace(goal)
+    return goal
 
 
 def complete(folder: Path, manifest: Manifest, come_from: transfer.Place) -> None:

@@ -93,8 +93,8 @@ def _why(status: str, tags: dict[str, str], lost: list[str], message: str) -> tu
     """The step that failed, if one did, and the sentence that says what came of the run."""
     prefix = store.PREFIX + "result."
     if status == "FINISHED":
-        verdict = tags.get(prefix + "verdict", "")
-        return "", f"{verdict}. {tags[prefix + 'outcome']}" if verdict else "All steps have finished."
+        verdict, told = tags.get(prefix + "verdict", ""), tags.get(prefix + "outcome", "All steps have finished.")
+        return "", f"{verdict}. {told}" if verdict else told
     if failed := attempt.failures(tags):
         return failed[0].step, failed[0].message
     if lost:

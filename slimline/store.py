@@ -472,6 +472,35 @@ def log_file(run_id: str, file: Path, folder: str | None = None) -> None:
         _send(_artifacts(run_id), {f"{folder}/{file.name}" if folder else file.name: file})
 
 
+def save_data(run_id: str, file: Path, digest: str) -> str:
+    """Keep a data set with a run, and return its ref, runs:/<run id>/data/<name>: the same bytes for whoever reads."""
+    with speaking():
+        _send(f"{_artifacts(run_id)}/data", {file.name: file})
+        set_tags(run_id, {f"{DATA}{file.name}": digest})
+    return f"runs:/{run_id}/data/{file.name}"
+
+
+DATA = PREFIX + "saved."
+"""Of the tag that has the digest of a data set, before its file's name."""
+
+
+def _saved_data(run_id: str, name: str, ref: str) -> Path:
+    with speaking():
+        run = _get_run(run_id, ref)
+        wanted = run.data.tags.get(DATA + name, "")
+        if not wanted:
+            raise StoreError(f"{ref} does not resolve at {uri()}: the run keeps no such data. {HINT}")
+        where = transfer.place(f"{run.info.artifact_uri}/data", _session, uri())
+        if where is None:
+            raise StoreError(f"{ref} is in a kind of store that data cannot be read back from. Name the file itself.")
+        path = where.path / name if isinstance(where, transfer.Folder) else home() / "fetched" / wanted[:24] / name
+        if not isinstance(where, transfer.Folder) and not path.is_file():
+            transfer.download(where, {name: (path, None)})
+    if not path.is_file() or artifact.digest(path) != wanted:
+        raise StoreError(f"{ref} is not what was saved: it was changed or deleted. Start the pipeline again.")
+    return path
+
+
 def local_artifacts(run_id: str) -> Path | None:
     """The folder of a run's artifacts if it is on this machine."""
     with speaking():
@@ -632,6 +661,10 @@ def fetch(ref: str) -> Path:
     """A local, verified copy of what a ref names: a sealed directory, or a file or folder of this machine as it is."""
     if not ref:
         raise StoreError("an empty ref was given where a model or a file is needed. Name one.")
+    if kept := re.fullmatch(r"runs:/(\w+)/data/([^/]+)", ref):
+        return _saved_data(kept[1], kept[2], ref)
+    if ref.startswith("s3://"):
+        return fetched.snapshot(home() / "fetched", ref)
     if ref.startswith(("runs:", "models:")):
         with speaking():
             place, digest = _place(ref)
@@ -643,7 +676,7 @@ def fetch(ref: str) -> Path:
         return path
     if "://" in ref or ref.startswith("hub:"):
         raise StoreError(
-            f"{ref} cannot be fetched by this version. Give a folder, package:NAME/folder, runs:/ or models:/."
+            f"{ref} cannot be fetched by this version. Give a folder, package:NAME/folder, s3://, runs:/ or models:/."
         )
     path = Path(ref).expanduser()
     if not path.exists():

@@ -170,6 +170,19 @@ def _raise_worst(failed: dict[str, Exception], where: Place, tries: int) -> None
         raise Passing(reasons[0])
 
 
+def versions(of: Bucket) -> dict[str, str]:
+    """What `Bucket.versions` says, asked again while the bucket is away. Raises StoreError."""
+
+    def ask() -> dict[str, str]:
+        try:
+            return of.versions()
+        except Exception as error:
+            _raise_worst({of.name: error}, of, 3)
+            raise
+
+    return retry.again(ask, _reason, of.name)
+
+
 def safe(name: str) -> str:
     """A file's name inside a model directory. Raises StoreError for one that would lead out of it."""
     path = PurePosixPath(name)
@@ -235,6 +248,15 @@ class Bucket:
                 for name, sink in files.items()
             }
             return _outcomes(started)
+
+    def versions(self) -> dict[str, str]:
+        """Every file below this prefix and the entity tag of its bytes, or one file, named "", if it is one itself."""
+        pages = self._client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
+        found = {entry["Key"]: str(entry["ETag"]) for page in pages for entry in page.get("Contents", [])}
+        if self.prefix in found:
+            return {"": found[self.prefix]}
+        below = f"{self.prefix}/" if self.prefix else ""
+        return {key.removeprefix(below): tag for key, tag in found.items() if key.startswith(below) and key[-1] != "/"}
 
     def passing(self, error: Exception, tries: int) -> str:
         from boto3.exceptions import Boto3Error

@@ -15,7 +15,7 @@ from slimline import launch, recipe, technique
 
 PIPELINES = recipe.pipelines()
 LIGHT = {
-    "begin", "finish", "champion", "champion-language", "gate", "gate-language", "register", "promote",
+    "begin", "finish", "plan", "champion", "champion-language", "gate", "gate-language", "register", "promote",
     "promote-language", "rollback", "report",
 }  # fmt: skip
 ON_THE_PROCESSOR = LIGHT | {"fetch", "fetch-language", "export", "export-language"}
