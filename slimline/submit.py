@@ -180,14 +180,14 @@ def submit(cluster: Cluster, version: Version, values: dict[str, Any], start: St
     def find() -> Thing | None:
         return next(iter(all_of_it()), None)
 
-    known = find() if start.key else None
-    if known:
-        return known, False
-    what = body(cluster, version, values, start)
-    made = cluster.once(
-        lambda: cluster.create_run({"display_name": name, "description": f"{version.name} {mark}", **what}), find
-    )
+    made = find() if start.key else None
+    known = made is not None
+    if made is None:
+        what = body(cluster, version, values, start)
+        described = {"display_name": name, "description": f"{version.name} {mark}", **what}
+        made = cluster.once(lambda: cluster.create_run(described), find)
     first, *doubles = all_of_it() or [made]
     for double in doubles:  # a request that was given up as lost, and was done all the same
-        cluster.terminate(double["run_id"])
-    return first, first["run_id"] == made["run_id"]
+        if double.get("state") in ("PENDING", "RUNNING", None):
+            cluster.terminate(double["run_id"])
+    return first, not known and first["run_id"] == made["run_id"]
