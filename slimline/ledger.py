@@ -122,8 +122,8 @@ def _apply(name: str, state: State) -> None:
         state = newer  # this process was slow, and may just have overwritten what a newer entry had put there
 
 
-ATTEMPTS = 10
-"""How often a number is asked for; only many at the same moment make MLflow give up on one."""
+ATTEMPTS = 3
+"""How often an entry is written that did not arrive. If others were faster, the second look at the ledger says so."""
 
 
 def move(name: str, version: int, expected: int | None, kind: str, about: dict[str, str]) -> str:

@@ -934,7 +934,7 @@ def append(name: str, tags: dict[str, str], description: str) -> None:
                     f"Every move of the champion of {name}, in order. Not a model: see `slimline ledger {name}`.",
                 )  # fmt: skip
         own = {PREFIX + key: value[:DESCRIPTION] for key, value in tags.items()}
-        about = f"slimline:{name}/{tags.get('to') or 'none'}"
+        about = f"slimline:/ledger-entry/{name}/{tags.get('to') or 'none'}"  # a server takes absolute paths alone
         client().create_model_version(book, about, tags=own, description=description[:DESCRIPTION])
 
 

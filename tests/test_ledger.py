@@ -56,9 +56,9 @@ ledger.move(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) or None, "promote", 
 
 
 def versions(folder: Path, name: str, count: int) -> list[int]:
-    """Registered versions of a model, enough for a registry."""
-    refs = [saved(folder / f"v{i}", weights=f"{name} {i}".encode()) for i in range(count)]
-    return [store.register(name, ref, key=ref, version_tags={}, description="") for ref in refs]
+    """Registered versions of a model, enough for a registry, all of the same bytes."""
+    ref = saved(folder / "saved", weights=name.encode())
+    return [store.register(name, ref, key=f"{ref}-{i}", version_tags={}, description="") for i in range(count)]
 
 
 def aliases(name: str) -> tuple[int | None, int | None]:
