@@ -92,7 +92,7 @@ PLANNED = f"{PIPELINE}.yaml"
 
 
 def look(name: str, version: int, file: Path, min_new: int) -> tuple[bool, str, Metrics]:
-    """Whether a data set is reason enough to make a champion again, in words and numbers. Raises DataError for leaks."""
+    """Whether a data set is reason to make a champion again, in words and in numbers. Raises DataError for leaks."""
     new = drift.look(file)
     numbers = {"texts": float(len(new.text_N))}
     old = _kept(name, version)
