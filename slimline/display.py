@@ -32,6 +32,8 @@ def answers(ref: str, classes: Any) -> None:
 
     An evaluation that holds no answers to examples with labels is left undrawn.
     """
+    if not ref:
+        return  # nothing was measured: there was no champion
     folder = store.fetch(ref)
     labels = artifact.read(folder).labels
     if not labels or not (folder / "predictions.parquet").is_file():

@@ -165,7 +165,8 @@ def _check_techniques(spec: dict[str, Any], values: dict[str, Any]) -> None:
     for step in steps(spec, values):
         stage, given = step.name.split("-")[0], step.given
         method, options = given.get("method"), given.get("options") or {}
-        if stage not in technique.STAGES or not isinstance(method, str) or method in ("none", PENDING):
+        known = isinstance(method, str) and method not in ("none", PENDING) and options != PENDING
+        if stage not in technique.STAGES or not known:
             continue
         module = technique.find(f"{stage}.{method}")
         plumbing = ("method", "options", "source", *RESOURCES)
