@@ -1,6 +1,7 @@
 """Who is champion, decided by many processes at once against a real server, and by processes that die in the middle."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -102,6 +103,33 @@ def test_of_ten_processes_that_promote_at_once_one_wins_and_nine_say_why_they_di
     assert [e.number for e in whole] == list(range(1, len(whole) + 1))
     assert [(e.start, e.to) for e in whole if not e.lost] == [(None, first), (first, winner)]
     assert all(e.applied for e in whole if not e.lost)
+
+
+def _race(version: int, expected: int, gun) -> None:
+    gun.wait()
+    try:
+        moved("race", version, expected)
+    except GateError:
+        os._exit(4)
+    os._exit(0)
+
+
+def test_of_ten_that_share_a_sqlite_file_one_wins_as_well(fresh_store, tmp_path):
+    first, *others = versions(tmp_path, "race", 11)
+    moved("race", first, None)
+    store._client.cache_clear()  # no connection is carried over a fork
+    context = multiprocessing.get_context("fork")
+    gun = context.Barrier(len(others))
+    racers = [context.Process(target=_race, args=(version, first, gun)) for version in others]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join(120)
+    codes = [racer.exitcode for racer in racers]
+    assert sorted(codes) == [0] + [4] * 9
+    winner = others[codes.index(0)]
+    assert aliases("race") == (winner, first)
+    assert [(e.start, e.to) for e in ledger.read("race").entries if not e.lost] == [(None, first), (first, winner)]
 
 
 @pytest.mark.slow
