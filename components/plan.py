@@ -11,7 +11,7 @@ from components._port import port
 def plan(name: str, data: str, metrics: dsl.Output[dsl.Metrics], min_new: int = 1) -> NamedTuple(
     "Plan",
     [
-        ("due", str),
+        ("Output", str),  # kfp.local 2.17 takes a condition on an output of any other name for false
         ("data", str),
         ("distill_epochs", int),
         ("distill_layers", int),

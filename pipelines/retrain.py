@@ -23,6 +23,6 @@ def retrain(data: str = "", name: str = "", plan_min_new: int = 1):
         plan_min_new: With fewer texts than this that the champion was not made with, there is nothing to do. 1 or more.
     """
     planned = plan(name=name, data=data, min_new=plan_min_new)
-    with dsl.If(planned.outputs["due"] == "yes", name="new-data"):
-        given = {key: channel for key, channel in planned.outputs.items() if key not in ("due", "metrics")}
+    with dsl.If(planned.outputs["Output"] == "yes", name="new-data"):
+        given = {key: channel for key, channel in planned.outputs.items() if key not in ("Output", "metrics")}
         inside(optimize.optimize)(**given)

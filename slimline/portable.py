@@ -89,6 +89,7 @@ def errors(pipeline: Compiled, values: dict[str, Any] | None = None, root: str =
     `values` are what it will run with, where that is known; `root` is the bucket that the cluster keeps artifacts in.
     """
     found = list(_container_only(pipeline.spec)) + list(_installs(pipeline.spec))
+    found += _conditions(pipeline.spec)
     found += _addresses(pipeline.spec, values or {}, root or str(pipeline.spec.get("defaultPipelineRoot", "")))
     for name, artifact in pipeline.spec["root"].get("inputDefinitions", {}).get("artifacts", {}).items():
         if not artifact.get("isOptional"):
@@ -247,6 +248,20 @@ def _installs(spec: dict[str, Any]) -> Iterator[str]:
                 f"step {label} installs packages when it starts ({_some(packages) or 'kfp'}): what runs then depends "
                 "on the day and needs a network. Put them into its image and compile with install_kfp_package=False."
             )
+
+
+def _conditions(spec: dict[str, Any]) -> Iterator[str]:
+    """Conditions on a named output of a step, which kfp.local 2.17 takes for false without a word that is seen."""
+    for task in tasks(spec):
+        condition = str(task.task.get("triggerPolicy", {}).get("condition", ""))
+        given = task.task.get("inputs", {}).get("parameters", {})
+        for name in re.findall(r"parameter_values\['([^']+)'\]", condition):
+            output = given.get(name, {}).get("taskOutputParameter", {})
+            if output and output["outputParameterKey"] != "Output":
+                yield (
+                    f"whether {task.path} runs hangs on the output {output['outputParameterKey']} of "
+                    f"{output['producerTask']}, which is never true on this machine. Call that output Output."
+                )
 
 
 def _addresses(spec: dict[str, Any], values: dict[str, Any], root: str) -> Iterator[str]:

@@ -125,6 +125,32 @@ def test_packages_that_are_installed_when_a_step_starts_are_refused(compiled):
     assert "step loose installs packages when it starts (" in found and "pandas==2.3.0" in found
 
 
+@pytest.mark.slow
+def test_a_condition_on_a_named_output_is_refused_as_this_machine_never_takes_it_for_true(compiled, tmp_path):
+    more = """
+    from typing import NamedTuple
+
+    @port
+    def asks(name: str) -> NamedTuple("Answer", [("%s", str)]):
+        return ("yes",)
+
+    @port
+    def counts(place: str) -> str:
+        open(place, "a").write("x")
+        return "a"
+    """
+    place = tmp_path / "count"
+    body = f"with dsl.If(asks(name='a').outputs['%s'] == 'yes'):\n    counts(place={str(place)!r})"
+    named = compiled(body % "due", more % "due")
+    run_locally(tmp_path)
+    assert not place.exists(), "kfp.local has learnt it: the lint may forget it"
+    (found,) = portable.errors(named)
+    assert "whether condition-1 runs hangs on the output due of asks" in found
+    assert portable.errors(compiled(body % "Output", more % "Output")) == []
+    run_locally(tmp_path)
+    assert place.read_text() == "x"
+
+
 def test_what_this_machine_leaves_out_is_noted_and_is_no_error(compiled):
     pipeline = compiled(
         """
