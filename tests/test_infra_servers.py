@@ -99,6 +99,8 @@ def migrated(scripts, environment):
 class Tracking(Server):
     """The container `mlflow` of the Deployment, its arguments and settings untouched."""
 
+    patience_s = 300.0
+
     def __init__(self, folder, objects, environment):
         super().__init__(folder)
         self.port, self.environment = free_ports(1)[0], environment
