@@ -10,6 +10,7 @@ Before the champion moves, a fresh process loads what is registered and asks it 
 moves once, whoever asks at the same moment, is the ledger's doing (ledger.py).
 """
 
+# Long because registering, approving and moving the champion are one story, told once.
 from __future__ import annotations
 
 import json

@@ -99,7 +99,7 @@ def test_the_steps_of_one_kubeflow_run_find_one_parent_without_being_told(kubefl
 def test_a_parent_that_was_made_twice_as_an_answer_was_lost_is_the_older_for_everybody(kubeflow):
     client, place = store.client(), store.experiment("team-a/optimize")
     made = [
-        client.create_run(place, start_time=start, tags={"slimline.pipeline_run": RUN}).info.run_id
+        client.create_run(place, start_time=start, tags={store.by_key(RUN): "1"}).info.run_id
         for start in (2000, 1000, 3000)
     ]
     store._run_of.cache_clear()
