@@ -136,6 +136,7 @@ def _equip(task: dsl.PipelineTask, pipeline: str, given: dict[str, Any]) -> None
     kubernetes.set_image_pull_policy(task, "IfNotPresent")
     kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "slimline")
     task.set_env_variable("SLIMLINE_PIPELINE", pipeline)
+    task.set_env_variable("SLIMLINE_PROGRESS", "/dev/stdout")  # where `slimline wait` and `logs` find it
     for variable, field in POD.items():
         kubernetes.use_field_path_as_env(task, variable, field)
     kubernetes.use_config_map_as_env(task, "slimline", {key: key for key in SETTINGS}, optional=True)

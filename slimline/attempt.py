@@ -1,9 +1,9 @@
 """What a step that fails leaves behind for those who come after it: the next attempt, and the end of the pipeline run.
 
 A cluster may start a step again that has failed. That is right after a lost pod or a server that was away, and a waste
-after a wrong recipe: KFP cannot tell the two apart, as its launcher turns every exit code into 1. So the first attempt
-writes what went wrong into the pipeline's run, and the next one, which learns its number from KFP_RETRY_INDEX, says the
-same at once instead of working up to it again. `outcome.finish` reads the same tags.
+after a wrong recipe: KFP cannot be told which exit codes are worth a retry. So the first attempt writes what went wrong
+into the pipeline's run, and the next one, which learns its number from KFP_RETRY_INDEX, says the same at once instead
+of working up to it again. `outcome.finish` reads the same tags.
 """
 
 from __future__ import annotations

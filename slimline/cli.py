@@ -114,11 +114,12 @@ def compile(
     pipeline: Annotated[str, typer.Argument(help="A pipeline's name, or its .py file in pipelines/.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the YAML goes.")],
     images: Annotated[Path | None, typer.Option(help="build/images.json: name the images that were built.")] = None,
+    cache: Annotated[str, typer.Option(help="A PersistentVolumeClaim for what steps fetch and leave unfinished.")] = "",
 ) -> None:
     """Write a compiled pipeline, to upload to Kubeflow."""
     from slimline import launch
 
-    launch.compile(pipeline, output, images)
+    launch.compile(pipeline, output, images, cache)
     out.print(f"{output}")
 
 

@@ -120,10 +120,12 @@ def run(
     return Outcome(run_id, log, time.monotonic() - start, inside, summary, ref)
 
 
-def compile(pipeline: str, out: Path, images: Path | None = None) -> None:
+def compile(pipeline: str, out: Path, images: Path | None = None, cache: str = "") -> None:
     """Write a compiled pipeline: from its Python source if `pipeline` is a .py file, else the one that comes along.
 
     `images` is what `make images` wrote: the steps then name the images that were built, by digest where it is known.
+    `cache` is a PersistentVolumeClaim that every step mounts.
+
     Raises ConfigError for a pipeline that would not mean the same here and on a cluster (portable.py).
     """
     if pipeline.endswith(".py"):
@@ -133,6 +135,8 @@ def compile(pipeline: str, out: Path, images: Path | None = None) -> None:
     try:
         if images is not None:
             out.write_text(portable.with_images(out.read_text(encoding="utf-8"), images, pipeline), encoding="utf-8")
+        if cache:
+            out.write_text(portable.with_cache(out.read_text(encoding="utf-8"), cache), encoding="utf-8")
         portable.require(portable.read(out), pipeline)
     except ConfigError:
         out.unlink()

@@ -83,6 +83,29 @@ def with_images(text: str, images: Path, pipeline: str) -> str:
     return text
 
 
+CACHE = "/cache"
+"""Where a volume that outlives a step is mounted: its SLIMLINE_STORE."""
+
+
+def with_cache(text: str, claim: str) -> str:
+    """The same pipeline with a PersistentVolumeClaim for what steps have fetched, and for work that was cut short.
+
+    KFP 2.17 can take its name from a parameter, but not leave it out where that is empty: so it is compiled in.
+    """
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", claim):
+        raise ConfigError(f"{claim!r} is no name of a PersistentVolumeClaim. It has small letters, digits and dashes.")
+    pipeline = parse(text, "the pipeline")
+    asked = pipeline.platform.setdefault("deploymentSpec", {}).setdefault("executors", {})
+    for label, executor in pipeline.spec["deploymentSpec"]["executors"].items():
+        name = {"runtimeValue": {"constant": claim}}
+        mount = {"constant": claim, "mountPath": CACHE, "pvcNameParameter": name}
+        asked.setdefault(label, {}).setdefault("pvcMount", []).append(mount)
+        executor["container"].setdefault("env", []).append({"name": "SLIMLINE_STORE", "value": CACHE})
+    head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    documents = [pipeline.spec, {"platforms": {"kubernetes": pipeline.platform}}]
+    return head + yaml.safe_dump_all(documents, sort_keys=True, explicit_start=False)
+
+
 def errors(pipeline: Compiled, values: dict[str, Any] | None = None, root: str = "") -> list[str]:
     """Why this pipeline would not mean the same on a cluster, a sentence each; empty if it would.
 

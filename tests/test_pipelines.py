@@ -159,7 +159,8 @@ def test_a_step_learns_which_run_it_belongs_to_from_its_pod(port, task, executor
     assert {field["name"]: field["fieldPath"] for field in asked["fieldPathAsEnv"]} == {
         "SLIMLINE_PIPELINE_RUN": "metadata.labels['pipeline/runid']", "SLIMLINE_NAMESPACE": "metadata.namespace",
     }  # fmt: skip
-    (variable,) = executor["env"]
+    variable, told = executor["env"]
+    assert told == {"name": "SLIMLINE_PROGRESS", "value": "/dev/stdout"}
     assert variable["name"] == "SLIMLINE_PIPELINE" and variable["value"] in PIPELINES
     assert "{{" not in str(executor["env"])  # a cluster puts nothing in the place of a placeholder there
 
@@ -262,7 +263,8 @@ def test_the_values_of_a_run_reach_the_steps_inside_the_group(pipeline):
     what = "source" if "source" in values else "name"
     changed = values | {what: "here", "resources_memory": "9Gi", "resources_light_memory": "9Gi"}
     given = {step.name: step.given for step in recipe.steps(spec, changed)}
-    first = next(given[name] for name in ("fetch", "fetch-language", "rollback") if name in given)
+    given |= {"fetch": given["plan"]} if "plan" in given else {}
+    first = next(given[name] for name in ("fetch", "fetch-language", "rollback", "plan") if name in given)
     assert first[what] == "here"
     assert "9Gi" in (
         first.get("pipelinechannel--resources_memory"),

@@ -337,3 +337,22 @@ def test_a_run_here_tells_what_it_leaves_out_before_its_first_step(
     assert note["text"] == "CPU requests and limits do nothing here: made."
     view.View(Console()).on_event(note)
     assert "note: CPU requests and limits do nothing here: made." in capsys.readouterr().out
+
+
+def test_a_cache_is_mounted_in_every_step_and_nothing_else_changes(tmp_path):
+    from kfp import components
+
+    plain, out = portable.read(recipe.pipeline_file("optimize")), tmp_path / "cached.yaml"
+    launch.compile("optimize", out, cache="slimline-cache")
+    cached = portable.read(out)
+    components.load_component_from_file(str(out))
+    executors = cached.platform["deploymentSpec"]["executors"]
+    assert set(executors) == set(cached.spec["deploymentSpec"]["executors"])
+    for label, asked in executors.items():
+        (mount,) = asked.pop("pvcMount")
+        assert (mount["constant"], mount["mountPath"]) == ("slimline-cache", "/cache")
+        told = cached.spec["deploymentSpec"]["executors"][label]["container"]["env"].pop()
+        assert told == {"name": "SLIMLINE_STORE", "value": "/cache"}
+    assert (cached.spec, cached.platform) == (plain.spec, plain.platform)
+    with pytest.raises(errors.ConfigError, match="'Not A Claim' is no name of a PersistentVolumeClaim"):
+        launch.compile("optimize", out, cache="Not A Claim")

@@ -19,6 +19,6 @@ secret slimline mlflow-database PGUSER mlflow PGPASSWORD "$(new)"
 secret slimline mlflow-server MLFLOW_FLASK_SERVER_SECRET_KEY "$(new)" MLFLOW_AUTH_ADMIN_PASSWORD "$(new)"
 secret slimline mlflow-reader username reader password "$reader"
 for namespace in slimline team; do
-    secret "$namespace" slimline-bucket AWS_ACCESS_KEY_ID slimline AWS_SECRET_ACCESS_KEY "$key"
+    secret "$namespace" slimline-s3 AWS_ACCESS_KEY_ID slimline AWS_SECRET_ACCESS_KEY "$key"
 done
 secret team slimline-mlflow username team password "$(new)"
