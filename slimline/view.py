@@ -94,6 +94,9 @@ class View:
             self.tenth = tenth
         self.what = event["what"]
 
+    def _passed(self, event: dict[str, Any]) -> None:
+        self.steps -= 1
+
     def _end(self, event: dict[str, Any]) -> None:
         self.finished += 1
         took = "reused" if event["reused"] else f"{event['seconds']:.1f} s"

@@ -180,10 +180,10 @@ def test_a_matrix_in_another_place_is_noticed(whole, tmp_path, documents, monkey
     """The built graph with two layers' matrices exchanged: their rows are not where they belong."""
     real = genai.build
 
-    def exchanged(floats: Path, out: Path, config: genai.Config) -> None:
+    def exchanged(floats: Path, out: Path, config: genai.Config, more: list[str]) -> None:
         import onnx
 
-        real(floats, out, config)
+        real(floats, out, config, more)
         model = onnx.load(str(out / "model.onnx"))
         for node in model.graph.node:
             if node.op_type == "MatMul" and "layers." in node.name:
