@@ -1,7 +1,8 @@
 """What a step tells whoever watches: one JSON line an event, in the file that SLIMLINE_PROGRESS names.
 
-A step may run in another process or container, so its progress is written, not drawn. Events: start, progress,
-end and error, and passed for a step that has nothing to do; `launch` reads them and `cli` draws them. Without the variable nothing is written.
+A step may run in another process or container, so its progress is written, not drawn. Events: start, progress, end and
+error, and passed for a step that has nothing to do; `launch` reads them and `cli` draws them. Without the variable
+nothing is written.
 """
 
 from __future__ import annotations
