@@ -31,7 +31,7 @@ def test_an_image_holds_no_compiler_no_installer_and_no_cache(inside, image):
         f"for name in {tools}; do command -v $name; done; ls /opt; find / -name .cache -not -path '/proc/*' 2>/dev/null"
     )
     found = inside(image, "sh", "-c", f"{look}; true").split()
-    assert found == (["slimline"] if image == MLFLOW else ["library", "slimline"])
+    assert found == ["library", "slimline"]
 
 
 @pytest.mark.parametrize("name", KINDS)
