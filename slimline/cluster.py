@@ -109,7 +109,7 @@ class Cluster:
 
     def create_pipeline(self, name: str, description: str) -> Thing:
         """A pipeline without versions. Raises Taken if its name is in use."""
-        body = self._thing(
+        body = self.thing(
             "V2beta1Pipeline", name=name, display_name=name, description=description, namespace=self.namespace or None
         )
         return self._ask("PipelineServiceApi.pipeline_service_create_pipeline", body, again=False)
@@ -142,13 +142,13 @@ class Cluster:
         found = find()
         if found or not make:
             return found
-        body = self._thing("V2beta1Experiment", display_name=name, namespace=self.namespace or None)
+        body = self.thing("V2beta1Experiment", display_name=name, namespace=self.namespace or None)
         create = "ExperimentServiceApi.experiment_service_create_experiment"
         return self.once(lambda: self._ask(create, body, again=False), find)
 
     def create_run(self, body: Thing) -> Thing:
         """Start a run, now."""
-        return self._ask("RunServiceApi.run_service_create_run", self._thing("V2beta1Run", **body), again=False)
+        return self._ask("RunServiceApi.run_service_create_run", self.thing("V2beta1Run", **body), again=False)
 
     def run(self, run_id: str) -> Thing:
         """A run, with its tasks. Raises Absent."""
@@ -173,7 +173,7 @@ class Cluster:
 
     def create_schedule(self, body: Thing) -> Thing:
         """A recurring run."""
-        made = self._thing("V2beta1RecurringRun", **body)
+        made = self.thing("V2beta1RecurringRun", **body)
         return self._ask("RecurringRunServiceApi.recurring_run_service_create_recurring_run", made, again=False)
 
     def enable_schedule(self, schedule_id: str) -> None:
@@ -231,15 +231,11 @@ class Cluster:
                 time.sleep(pause)
                 pause = min(2 * pause, 8.0)
 
-    def _thing(self, kind: str, **fields: Any) -> Any:
+    def thing(self, kind: str, **fields: Any) -> Any:
         """A model of the description, which checks names and kinds; fields may hold models of their own."""
         import kfp_server_api
 
         return getattr(kfp_server_api, kind)(**fields)
-
-    def thing(self, kind: str, **fields: Any) -> Any:
-        """A part of a body for `create_run` and `create_schedule`, such as V2beta1RuntimeConfig."""
-        return self._thing(kind, **fields)
 
     def _pages(
         self, name: str, field: str, *args: Any, where: list[Thing] | None = None, **given: Any

@@ -3,7 +3,10 @@
 # Long because it is one short function a command, as cli.py is.
 from __future__ import annotations
 
+import functools
+import inspect
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,10 +17,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from slimline import recipe
+from slimline.cluster import Cluster, Place
 from slimline.errors import SlimlineError
 
 if TYPE_CHECKING:
-    from slimline.cluster import Cluster
     from slimline.schedule import Plan, Wanted
 
 app = typer.Typer()
@@ -42,7 +45,41 @@ Mounted = Annotated[list[str] | None, typer.Option(help="A folder that the steps
 Root = Annotated[str, typer.Option(help="Where Kubeflow keeps artifacts, as in s3://bucket/path.")]
 
 
-@app.command()
+def at(
+    host: Host = "",
+    namespace: Namespace = "",
+    token_file: Token = "",
+    ca_cert: CaCert = "",
+    patience: Patience = 60.0,
+) -> Place:
+    """Where the server is, and who asks: options of every command here."""
+    return Place(host, namespace, token_file, ca_cert, patience)
+
+
+def command(patience: float = 60.0) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command with the options of `at` before --json, which hands over as `place` what they come to."""
+
+    def made(function: Callable[..., None]) -> Callable[..., None]:
+        own = dict(inspect.signature(function, eval_str=True).parameters)
+        more = dict(inspect.signature(at, eval_str=True).parameters)
+        more["patience"] = more["patience"].replace(default=patience)
+        del own["place"]
+        last = own.pop("json_")
+
+        @functools.wraps(function)
+        def around(**given: Any) -> None:
+            place = at(**{name: given.pop(name) for name in more})
+            function(**given, place=place)
+
+        parameters = [*own.values(), *more.values(), last]
+        around.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        around.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return app.command()(around)
+
+    return made
+
+
+@command()
 def submit(
     pipeline: Annotated[str, typer.Argument(help="A pipeline's name (optimize) or a compiled .yaml file.")],
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Recipe: a YAML file of parameters.")] = None,
@@ -59,19 +96,16 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="Stay until it has ended, and exit as it did.")] = False,
     require_pass: Annotated[bool, typer.Option(help="With --wait: exit with 4 unless the verdict is PASS.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything here, ask no cluster.")] = False,
-    host: Host = "",
-    namespace: Namespace = "",
-    token_file: Token = "",
-    ca_cert: CaCert = "",
-    patience: Patience = 60.0,
     json_: AsJson = False,
+    *,
+    place: Place,
 ) -> None:
     """Run a pipeline on a cluster; what can be checked is checked here first."""
     from slimline import runs
     from slimline import submit as submits
 
     given = recipe.merge(recipe.read(file) if file else {}, recipe.assign(set_ or []))
-    order = submits.order(pipeline, images, as_, team, namespace, given, pipeline_root)
+    order = submits.order(pipeline, images, as_, team, place.namespace, given, pipeline_root)
     values = submits.check(order, given, pipeline_root, tuple(mounted or ()))
     if dry_run:
         said: dict[str, Any] = {
@@ -82,7 +116,7 @@ def submit(
         }
         _show(said, json_, f"{pipeline} can run on a cluster, as {order.name}, with {len(values)} parameters.")
         return
-    cluster = _cluster(host, namespace, token_file, ca_cert, patience)
+    cluster = Cluster(place)
     version = submits.upload(cluster, order)
     start = submits.Start(name, experiment, key, service_account, pipeline_root)
     run, new = submits.submit(cluster, version, values, start)
@@ -98,19 +132,16 @@ def submit(
     )
 
 
-@app.command()
+@command()
 def upload(
     pipelines: Annotated[list[str], typer.Argument(help="Pipelines' names, or compiled .yaml files.")],
     images: Images = None,
     as_: As = "",
     team: Team = "",
     pipeline_root: Root = "",
-    host: Host = "",
-    namespace: Namespace = "",
-    token_file: Token = "",
-    ca_cert: CaCert = "",
-    patience: Patience = 60.0,
     json_: AsJson = False,
+    *,
+    place: Place,
 ) -> None:
     """Put pipelines on a cluster's page, as versions: one a commit, and none twice."""
     from slimline import submit as submits
@@ -118,14 +149,14 @@ def upload(
 
     if as_ and len(pipelines) > 1:
         raise ConfigError("--as names one pipeline, and several are given. Upload them one by one.")
-    orders = [submits.order(p, images, as_, team, namespace, root=pipeline_root) for p in pipelines]
-    cluster = _cluster(host, namespace, token_file, ca_cert, patience)
+    orders = [submits.order(p, images, as_, team, place.namespace, root=pipeline_root) for p in pipelines]
+    cluster = Cluster(place)
     told = [submits.upload(cluster, order)._asdict() for order in orders]
     lines = [f"{v['pipeline']} {v['name']}{'' if v['new'] else '  (the same is there already)'}" for v in told]
     _show(told, json_, "\n".join(lines))
 
 
-@app.command()
+@command()
 def schedule(
     file: Annotated[Path, typer.Option("-f", "--file", help="The schedules: what this file says is what exists.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say when each would run next; ask no cluster.")] = False,
@@ -133,43 +164,39 @@ def schedule(
     images: Images = None,
     team: Team = "",
     mounted: Mounted = None,
-    host: Host = "",
-    namespace: Namespace = "",
-    token_file: Token = "",
-    ca_cert: CaCert = "",
-    patience: Patience = 60.0,
     json_: AsJson = False,
+    *,
+    place: Place,
 ) -> None:
     """Make the schedules on a cluster be what a file says; run it again after any failure."""
     from slimline import schedule as schedules
 
     plan = schedules.read(file)
-    wanted = schedules.check(plan, file.parent, images, datetime.now(UTC), team or namespace, tuple(mounted or ()))
+    wanted = schedules.check(
+        plan, file.parent, images, datetime.now(UTC), team or place.namespace, tuple(mounted or ())
+    )
     if dry_run:
         _show_times(plan, wanted, json_)
         return
-    cluster = _cluster(host, namespace, token_file, ca_cert, patience)
+    cluster = Cluster(place)
     changes = schedules.apply(cluster, plan, wanted, prune, lambda said: err.print(said, style="dim", markup=False))
     lines = [f"{change.name}  {', '.join(change.actions) or 'as it was'}" for change in changes]
     _show([change._asdict() for change in changes], json_, "\n".join(lines) or "There are no schedules in the file.")
 
 
-@app.command()
+@command()
 def runs(
     state: Annotated[str, typer.Option(help="Only those in this state, such as FAILED.")] = "",
     experiment: Annotated[str, typer.Option(help="Only those of this experiment.")] = "",
     limit: Annotated[int, typer.Option(min=1, help="How many, the latest first.")] = 20,
-    host: Host = "",
-    namespace: Namespace = "",
-    token_file: Token = "",
-    ca_cert: CaCert = "",
-    patience: Patience = 60.0,
     json_: AsJson = False,
+    *,
+    place: Place,
 ) -> None:
     """Runs on a cluster, the latest first."""
     from slimline import runs as found
 
-    cluster = _cluster(host, namespace, token_file, ca_cert, patience)
+    cluster = Cluster(place)
     rows = [found.row(run, cluster.host) for run in found.find(cluster, state, experiment, limit)]
     if json_:
         out.print_json(json.dumps(rows))
@@ -182,41 +209,35 @@ def runs(
     out.print(table if rows else "There are no such runs.")
 
 
-@app.command()
+@command(patience=600.0)
 def wait(
     run: Annotated[str, typer.Argument(help="The id of a run.")],
     timeout: Annotated[float, typer.Option(min=0, help="Seconds, after which this ends with 5; 0 for none.")] = 0.0,
     require_pass: Annotated[bool, typer.Option(help="Exit with 4 unless the verdict is PASS.")] = False,
-    host: Host = "",
-    namespace: Namespace = "",
-    token_file: Token = "",
-    ca_cert: CaCert = "",
-    patience: Patience = 600.0,
     json_: AsJson = False,
+    *,
+    place: Place,
 ) -> None:
     """Stay until a run has ended, and exit as its failing step did."""
-    _finish(_cluster(host, namespace, token_file, ca_cert, patience), run, timeout, require_pass, json_, {})
+    _finish(Cluster(place), run, timeout, require_pass, json_, {})
 
 
-@app.command()
+@command()
 def logs(
     run: Annotated[str, typer.Argument(help="The id of a run.")],
     step: Annotated[
         str | None, typer.Argument(help="A step's name in the graph; all that have begun if not said.")
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Go on until the step has ended.")] = False,
-    host: Host = "",
-    namespace: Namespace = "",
-    token_file: Token = "",
-    ca_cert: CaCert = "",
-    patience: Patience = 60.0,
     json_: AsJson = False,
+    *,
+    place: Place,
 ) -> None:
     """What the steps of a run have written."""
     from slimline import runs as found
     from slimline.errors import ConfigError
 
-    cluster = _cluster(host, namespace, token_file, ca_cert, patience)
+    cluster = Cluster(place)
     if follow:
         if not step or json_:
             raise ConfigError("--follow needs the name of one step, and cannot be --json. See `slimline logs RUN`.")
@@ -231,12 +252,6 @@ def logs(
         if not step:
             out.print(f"[bold]{escape(name)}[/bold]")
         out.print(text.rstrip("\n"), markup=False, soft_wrap=True)
-
-
-def _cluster(host: str, namespace: str, token_file: str, ca_cert: str, patience_s: float) -> Cluster:
-    from slimline import cluster
-
-    return cluster.Cluster(cluster.Place(host, namespace, token_file, ca_cert, patience_s))
 
 
 def _finish(

@@ -115,13 +115,26 @@ def _standing(name: str, ref: str | None) -> int | None:
 
 def bless(model: Path) -> gate.Blessing:
     """The mechanical blessing: these bytes load and answer in a process that knows nothing of this one."""
-    done = subprocess.run([sys.executable, "-m", "slimline.serve", str(model)], capture_output=True, text=True)
+    answer, problem = apart("slimline.serve", str(model))
+    if not answer.keys() >= {"ok", "problem", "answers"}:
+        return gate.Blessing(ok=False, problem=f"the fresh process {problem}")
+    return gate.Blessing(bool(answer["ok"]), str(answer["problem"]), dict(answer["answers"]))
+
+
+def apart(module: str, *arguments: str, given: str = "") -> tuple[dict[str, Any], str]:
+    """What a module, run in a process of its own, answers as JSON in its last line, and how that process ended.
+
+    The answer is empty where there is none.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, input=given, capture_output=True, text=True)
+    last = (done.stderr.strip().split("\n") or [""])[-1]
+    ended = f"ended with {done.returncode}: {last[:300]}"
     try:
         answer = json.loads(done.stdout.strip().split("\n")[-1])
-        return gate.Blessing(bool(answer["ok"]), str(answer["problem"]), dict(answer["answers"]))
-    except (ValueError, KeyError):
-        last = (done.stderr.strip().split("\n") or [""])[-1]
-        return gate.Blessing(ok=False, problem=f"the fresh process ended with {done.returncode}: {last[:300]}")
+    except ValueError:
+        return {}, ended
+    return (answer if isinstance(answer, dict) else {}), ended
 
 
 def _numbers(verdict: gate.Verdict) -> Metrics:

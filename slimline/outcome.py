@@ -18,9 +18,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from slimline import attempt, recipe, store
+from slimline import attempt, portable, recipe, store
 from slimline.step import reporting
 
 STATUS = {"SUCCEEDED": "FINISHED", "CANCELLED": "KILLED"}
@@ -61,7 +59,7 @@ def _checked(pipeline: str, values: dict[str, Any]) -> dict[str, Any]:
     values = {k: v for k, v in values.items() if k not in ("pipeline", *recipe.RESOURCES) and recipe.CHANNEL not in k}
     if pipeline not in recipe.pipelines():
         return values
-    spec = next(yaml.safe_load_all(recipe.pipeline_file(pipeline).read_text(encoding="utf-8")))
+    spec = portable.read(recipe.pipeline_file(pipeline)).spec
     checked = recipe.check(spec, recipe.whole_numbers(spec, values))
     if "name" in checked:
         store.check_name(checked["name"])

@@ -20,15 +20,12 @@ import yaml
 
 from slimline import __version__
 from slimline.errors import ConfigError, DataError
+from slimline.recipe import FILES
 
 EXECUTOR = "kfp.dsl.executor_main"
 PLACEHOLDERS = ('{"Concat": ', '{"IfPresent": ')
 BUCKETS = ("s3", "gs", "minio")
 """What a cluster's launcher can open, if it has the credentials."""
-
-FILES = ("source", "data", "task")
-"""Parameters that name something on disk, as in recipe.py."""
-
 
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """A compiled pipeline has thousands of lines, which the loader in Python takes a second for."""

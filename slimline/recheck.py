@@ -10,7 +10,6 @@ saw. Answers that were close calls are passed over, since another processor roun
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -54,16 +53,9 @@ def require(name: str, version: int, verdict_ref: str) -> None:
     if not digest:
         raise GateError(f"version {version} of {name} has no digest: slimline did not register it, so cannot vouch.")
     wanted = Wanted(ref, digest, quality, verdict_ref)
-    done = subprocess.run(
-        [sys.executable, "-m", "slimline.recheck"], input=json.dumps(wanted._asdict()), capture_output=True, text=True
-    )
-    try:
-        answer: dict[str, Any] = json.loads(done.stdout.strip().split("\n")[-1])
-    except ValueError:
-        last = (done.stderr.strip().split("\n") or [""])[-1]
-        raise GateError(
-            f"version {version} of {name} does not load: its process ended with {done.returncode}: {last[:300]}"
-        ) from None
+    answer, ended = judging.apart("slimline.recheck", given=json.dumps(wanted._asdict()))
+    if not answer:
+        raise GateError(f"version {version} of {name} does not load: its process {ended}")
     if answer["unreachable"]:
         raise StoreError(answer["problem"])
     if answer["problem"]:

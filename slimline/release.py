@@ -14,7 +14,6 @@ moves once, whoever asks at the same moment, is the ledger's doing (ledger.py).
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,7 @@ PENDING, APPROVED, REJECTED = "pending", "approved", "rejected"
 
 def register(name: str, source: str, verdict_ref: str) -> int:
     """The version of `name` for this candidate under these limits: made now, or found. Becomes the challenger."""
-    with step.reporting("register"):
-        start = time.perf_counter()
+    with step.timed("register"):
         verdict, asked, _ = judging.verdict_at(verdict_ref)
         candidate = step.resolve(source)
         manifest = candidate.manifest or artifact.read(candidate.path)
@@ -50,7 +48,6 @@ def register(name: str, source: str, verdict_ref: str) -> int:
         store.describe_version(name, version, card.description(name, version, verdict, asked, manifest))
         if store.alias(name, CHAMPION) != version:
             store.set_alias(name, CHALLENGER, version)
-        progress.emit("end", "register", reused=False, seconds=time.perf_counter() - start)
         return version
 
 
@@ -60,8 +57,7 @@ def standing(name: str, compare: bool = True) -> tuple[str, str]:
     Both are empty where there is no champion, the second also if it is not to be compared with. What people have
     approved meanwhile is carried out before, so that this pipeline is judged against it.
     """
-    with step.reporting("champion"):
-        start = time.perf_counter()
+    with step.timed("champion"):
         try:
             for sentence in promote_approved(name):
                 progress.emit("progress", "champion", what=sentence, done=0, total=0, note="")
@@ -69,14 +65,12 @@ def standing(name: str, compare: bool = True) -> tuple[str, str]:
         except DeniedError:  # this role may look, and another one moves
             champion = store.alias(name, CHAMPION)
         ref = f"models:/{name}/{champion}" if champion else ""
-        progress.emit("end", "champion", reused=False, seconds=time.perf_counter() - start)
         return ref, ref if compare else ""
 
 
 def promote_if_passed(name: str, version: int, verdict_ref: str) -> str:
     """What the pipeline does: promote on PASS, else leave the champion where it is. One sentence says which."""
-    with step.reporting("promote"):
-        start = time.perf_counter()
+    with step.timed("promote"):
         verdict, _, _ = judging.verdict_at(verdict_ref)
         try:
             if not verdict.allows_promotion:
@@ -84,7 +78,6 @@ def promote_if_passed(name: str, version: int, verdict_ref: str) -> str:
             sentence = _promote(name, version, verdict_ref)
         except GateError as error:
             sentence = f"Version {version} of {name} is registered, not promoted: {error}"
-        progress.emit("end", "promote", reused=False, seconds=time.perf_counter() - start)
         return sentence
 
 
@@ -189,11 +182,9 @@ def rollback(name: str, to_version: int = 0, reason: str = "") -> str:
 
 def roll_back(name: str, to_version: int, reason: str) -> str:
     """What the pipeline of that name does: roll back, and tell whoever watches."""
-    with step.reporting("rollback"):
-        start = time.perf_counter()
+    with step.timed("rollback"):
         sentence = rollback(name, to_version, reason)
         progress.emit("summary", "rollback", name=name, outcome=sentence)
-        progress.emit("end", "rollback", reused=False, seconds=time.perf_counter() - start)
         return sentence
 
 

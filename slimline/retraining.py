@@ -12,13 +12,12 @@ ever reused in its place.
 from __future__ import annotations
 
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from slimline import drift, judging, ledger, progress, recipe, step, store
+from slimline import drift, judging, ledger, portable, progress, recipe, step, store
 from slimline.errors import ConfigError, DataError
 from slimline.technique import Metrics
 
@@ -37,8 +36,7 @@ class Plan(NamedTuple):
 
 def plan(name: str, data: str, min_new: int = 1) -> Plan:
     """What is to be done now. Raises ConfigError without a champion that `optimize` made, DataError for unfit data."""
-    with step.reporting("plan"):
-        start = time.perf_counter()
+    with step.timed("plan") as numbers:
         store.check_name(name)
         if min_new < 1:
             raise ConfigError(f"min_new is {min_new}. Ask for 1 new text or more.")
@@ -50,20 +48,20 @@ def plan(name: str, data: str, min_new: int = 1) -> Plan:
         tags = {"data.data": given.digest, "champion": str(version)}
         with store.step_run("plan", {store.PREFIX + key: value for key, value in tags.items()}, config) as run_id:
             store.log_data(run_id, given.path, given.digest, "retraining")
-            due, sentence, numbers = look(name, version, given.path, min_new)
+            due, sentence, found = look(name, version, given.path, min_new)
+            numbers |= found
             store.log_metrics(run_id, numbers)
             store.set_tags(run_id, {store.PREFIX + "sentence": sentence})
             if due:
                 parameters["data"] = store.save_data(run_id, given.path, given.digest)
                 _keep(parameters)
             _tell(due, sentence)
-        progress.emit("end", "plan", reused=False, seconds=time.perf_counter() - start, metrics=numbers)
         return Plan(due, sentence, parameters, numbers)
 
 
 def handed(planned: Plan) -> tuple[Any, ...]:
     """What the step `plan` hands on: whether it is due, and every parameter of `optimize` in alphabetical order."""
-    spec = next(yaml.safe_load_all(recipe.pipeline_file(PIPELINE).read_text(encoding="utf-8")))
+    spec = portable.read(recipe.pipeline_file(PIPELINE)).spec
     whole = recipe.check(spec, planned.parameters, here=False)
     names = sorted(name for name in whole if not name.startswith("resources_"))
     return ("yes" if planned.due else "no", *(whole[name] for name in names))

@@ -354,6 +354,19 @@ def reporting(name: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def timed(name: str) -> Iterator[Metrics]:
+    """`reporting`, for a step that is no technique: at its end the watcher is told how long it took.
+
+    What is put into the numbers that this yields is told as well.
+    """
+    with reporting(name):
+        start, numbers = time.perf_counter(), dict[str, float]()
+        yield numbers
+        seconds = time.perf_counter() - start
+        progress.emit("end", name, reused=False, seconds=seconds, **({"metrics": numbers} if numbers else {}))
+
+
 def _disk_full(error: BaseException | None) -> StoreError | None:
     """StoreError if the reason, at any depth, is that no space was left; libraries wrap it in errors of their own."""
     while error is not None:

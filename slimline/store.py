@@ -410,14 +410,24 @@ def ended_runs(since_s: float) -> Iterator[tuple[str, float, str, dict[str, str]
     """Runs that ended after a time, in any experiment, the first first: id, end, status, tags, metrics."""
     with speaking():
         experiments = [e.experiment_id for e in client().search_experiments()]
-    where, order, token = f"attributes.end_time > {int(since_s * 1000)}", ["attributes.end_time ASC"], None
-    while experiments and token != "":
+    asked: dict[str, Any] = {"order_by": ["attributes.end_time ASC"], "max_results": 1000}
+    where = f"attributes.end_time > {int(since_s * 1000)}"
+    found = _pages(lambda **page: client().search_runs(experiments, where, **asked, **page)) if experiments else ()
+    for run in found:
+        info, data = run.info, run.data
+        yield str(info.run_id), info.end_time / 1000, str(info.status), dict(data.tags), dict(data.metrics)
+
+
+def _pages(search: Callable[..., Any]) -> Iterator[Any]:
+    """All that a search of MLflow's finds, asked for page by page. Raises StoreError."""
+    token = None
+    while True:
         with speaking():
-            page = client().search_runs(experiments, where, order_by=order, max_results=1000, page_token=token)
-        for run in page:
-            info, data = run.info, run.data
-            yield str(info.run_id), info.end_time / 1000, str(info.status), dict(data.tags), dict(data.metrics)
-        token = page.token or ""
+            page = search(page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def note_reuse(name: str, run_id: str) -> None:
@@ -490,7 +500,7 @@ def _saved_data(run_id: str, name: str, ref: str) -> Path:
         wanted = run.data.tags.get(DATA + name, "")
         if not wanted:
             raise StoreError(f"{ref} does not resolve at {uri()}: the run keeps no such data. {HINT}")
-        where = transfer.place(f"{run.info.artifact_uri}/data", _session, uri())
+        where = _where(f"{run.info.artifact_uri}/data")
         if where is None:
             raise StoreError(f"{ref} is in a kind of store that data cannot be read back from. Name the file itself.")
         path = where.path / name if isinstance(where, transfer.Folder) else home() / "fetched" / wanted[:24] / name
@@ -511,7 +521,7 @@ def local_artifacts(run_id: str) -> Path | None:
 def fetch_file(run_id: str, name: str) -> Path:
     """One artifact of a run, as a local file."""
     uri_of_run = _artifacts(run_id)
-    where = transfer.place(uri_of_run, _session, uri())
+    where = _where(uri_of_run)
     if isinstance(where, transfer.Folder):
         path = where.path / name
     else:
@@ -617,7 +627,7 @@ def _describe(scratch: Path, model: LoggedModel, run_id: str, manifest: Manifest
 def _discard(model: LoggedModel) -> None:
     """Take a model that never became READY away, with its bytes, as well as the store answers."""
     with suppress(Exception):  # the reason why it was not finished is worth more than this
-        where = transfer.place(model.artifact_location, _session, uri())
+        where = _where(model.artifact_location)
         if where is not None:
             where.remove()
     with suppress(Exception):
@@ -626,13 +636,18 @@ def _discard(model: LoggedModel) -> None:
 
 def _send(place: str, files: dict[str, Path]) -> None:
     """Upload files to their names below an artifact uri."""
-    where = transfer.place(place, _session, uri())
+    where = _where(place)
     if where is not None:
         transfer.upload(where, files)
         return
     for name, file in files.items():  # a kind of store that only MLflow knows
         repository: Any = get_artifact_repository(place)
         repository.log_artifact(str(file), name.rpartition("/")[0] or None)
+
+
+def _where(place: str) -> transfer.Place | None:
+    """Where an artifact uri leads this process, or None if only MLflow knows."""
+    return transfer.place(place, _session, uri())
 
 
 def _session() -> requests.Session:
@@ -733,7 +748,7 @@ def _get_run(run_id: str, ref: str) -> Run:
 
 def _local(place: str, ref: str) -> Path:
     """A checked copy on this machine: the folder itself, or what was fetched from a server."""
-    where = transfer.place(place, _session, uri())
+    where = _where(place)
     if isinstance(where, transfer.Folder):
         if not where.path.is_dir():
             raise StoreError(f"{ref} points to {where.path}, which is gone. Run the step again, or restore the folder.")
@@ -831,14 +846,9 @@ def versions(name: str) -> list[ModelVersion]:
 
 def registered() -> Iterator[tuple[str, dict[str, int]]]:
     """Every registered model but the ledgers: its name, and the version behind each alias."""
-    token = None
-    while token != "":
-        with speaking():
-            page = client().search_registered_models(page_token=token, max_results=100)
-        for model in page:
-            if not model.name.endswith(LEDGER):
-                yield model.name, {alias: int(version) for alias, version in model.aliases.items()}
-        token = page.token or ""
+    for model in _pages(lambda **page: client().search_registered_models(max_results=100, **page)):
+        if not model.name.endswith(LEDGER):
+            yield model.name, {alias: int(version) for alias, version in model.aliases.items()}
 
 
 def newest_version_tags(name: str, count: int = 20) -> list[dict[str, str]]:
@@ -904,7 +914,7 @@ def fetch_again(ref: str, scratch: Path) -> Path:
     """What a ref names, read from the store itself and not from this machine's copies. Of a folder here, unverified."""
     with speaking():
         place, _ = _place(ref)
-        where = transfer.place(place, _session, uri())
+        where = _where(place)
         if isinstance(where, transfer.Folder):
             return where.path
         if where is not None:
@@ -940,17 +950,8 @@ def append(name: str, tags: dict[str, str], description: str) -> None:
 
 def entries(name: str) -> list[tuple[int, float, dict[str, str]]]:
     """A model's ledger: number, time by the clock of the database, and tags of each entry, in the order of numbers."""
-    found: list[ModelVersion] = []
-    with speaking():
-        token = None
-        while True:
-            page = client().search_model_versions(
-                f"name='{name}{LEDGER}'", max_results=200, order_by=["version_number ASC"], page_token=token
-            )
-            found += page
-            token = page.token
-            if not token:
-                break
+    where, asked = f"name='{name}{LEDGER}'", dict[str, Any](max_results=200, order_by=["version_number ASC"])
+    found = _pages(lambda **page: client().search_model_versions(where, **asked, **page))
     plain = [
         (int(v.version), v.creation_timestamp / 1000, {k.removeprefix(PREFIX): str(t) for k, t in v.tags.items()})
         for v in found

@@ -26,8 +26,7 @@ def publish(
     file: str,
 ) -> str:
     """Write the page to `file`, log it to the pipeline's run, and tell the watcher. Returns where the page is."""
-    with step.reporting("report"):
-        start = time.perf_counter()
+    with step.timed("report"):
         page = gather(name, version, outcome, models, qualities, latency, verdict)
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text(report.render(page), encoding="utf-8")
@@ -49,7 +48,6 @@ def publish(
             rows=[row.model_dump(mode="json") for row in page.rows],
             terms=page.terms.model_dump(mode="json"),
         )
-        progress.emit("end", "report", reused=False, seconds=time.perf_counter() - start)
         return str(where)
 
 

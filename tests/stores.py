@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,27 @@ def migrated(tmp_path_factory):
     return home
 
 
+VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "SLIMLINE_PARENT_RUN", "SLIMLINE_PROGRESS")
+"""Of the surroundings, which would lead a test to another store."""
+
+
+@contextmanager
+def standing_in(folder: Path):
+    """Work in a folder, with a store of its own below it, for as long as a module's tests need it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in VARIABLES:
+            patch.delenv(variable, raising=False)
+        patch.setenv("SLIMLINE_STORE", str(folder / "slimline-store"))
+        patch.chdir(folder)
+        yield folder
+
+
 @pytest.fixture
 def fresh_store(migrated, tmp_path, monkeypatch) -> Path:
     """An empty store in the test's own folder, which is also the working directory."""
     home = tmp_path / "slimline-store"
     shutil.copytree(migrated, home)
-    for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "SLIMLINE_PARENT_RUN", "SLIMLINE_PROGRESS"):
+    for variable in VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("SLIMLINE_STORE", str(home))
     monkeypatch.chdir(tmp_path)

@@ -7,6 +7,7 @@ import yaml
 
 from slimline import artifact, launch, store
 from tests.decoders import make_decoder, make_documents
+from tests.stores import standing_in
 
 
 def make_task(folder):
@@ -58,12 +59,7 @@ def parameters(folder):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A working directory in which the pipeline has run once, with what it told and made."""
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "SLIMLINE_PARENT_RUN", "SLIMLINE_PROGRESS"):
-            patch.delenv(variable, raising=False)
-        patch.setenv("SLIMLINE_STORE", str(folder / "slimline-store"))
-        patch.chdir(folder)
+    with standing_in(tmp_path_factory.mktemp("world")) as folder:
         values = parameters(folder)
         events: list[dict] = []
         outcome = launch.run("language", values, events.append, "slimline run language -f recipe.yaml")

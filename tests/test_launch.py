@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from slimline import artifact, errors, launch, recipe, release, store, summary
+from tests.stores import standing_in
 from tests.test_finish import hook  # noqa: F401
 from tests.tiny import make_data, make_tiny
 
@@ -43,12 +44,7 @@ def parameters(folder: Path) -> dict:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A working directory in which the pipeline has run once, with what it told and made."""
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "SLIMLINE_PARENT_RUN", "SLIMLINE_PROGRESS"):
-            patch.delenv(variable, raising=False)
-        patch.setenv("SLIMLINE_STORE", str(folder / "slimline-store"))
-        patch.chdir(folder)
+    with standing_in(tmp_path_factory.mktemp("world")) as folder:
         values = parameters(folder)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
         events: list[dict] = []

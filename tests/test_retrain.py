@@ -13,7 +13,7 @@ import yaml
 from components.plan import plan as port
 from slimline import artifact, judging, launch, ledger, recipe, retraining, store
 from slimline.errors import ConfigError, DataError, StoreError
-from tests.stores import saved
+from tests.stores import saved, standing_in
 from tests.test_launch import CLI, parameters
 from tests.tiny import make_data
 
@@ -23,12 +23,7 @@ ROWS = 900
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A champion made by optimize, and a function that retrains it from a data set."""
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "SLIMLINE_PARENT_RUN", "SLIMLINE_PROGRESS"):
-            patch.delenv(variable, raising=False)
-        patch.setenv("SLIMLINE_STORE", str(folder / "slimline-store"))
-        patch.chdir(folder)
+    with standing_in(tmp_path_factory.mktemp("world")) as folder:
         values = parameters(folder)
         assert launch.run("optimize", values, print, "slimline run optimize").summary["status"] == "PASS"
         yield {"folder": folder, "values": values}

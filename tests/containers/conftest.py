@@ -52,9 +52,10 @@ def inside(client):
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A working directory with a tiny model, data and a recipe of seconds, which the images' user may read."""
+    from tests.stores import VARIABLES
     from tests.test_launch import parameters
 
-    for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "SLIMLINE_PARENT_RUN", "SLIMLINE_PROGRESS"):
+    for variable in VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("SLIMLINE_STORE", str(tmp_path / "slimline-store"))
     monkeypatch.chdir(tmp_path)
