@@ -4,56 +4,22 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from rich.console import Console
+from typer.testing import CliRunner
 
-from slimline import ledger, store
+from slimline import cli, ledger, store
 from slimline.errors import ConfigError, DeniedError, GateError
 from tests.stores import saved
 
-ROOT = Path(__file__).parent.parent
-MOVE = """
-import json, sys
-from slimline import ledger
-from slimline.errors import SlimlineError
-name, version, expected = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) or None
-store_is_open = ledger.read(name)
-print("ready", flush=True)
-sys.stdin.readline()
-try:
-    print(ledger.move(name, version, expected, "promote", {"why": "a race"}))
-except SlimlineError as error:
-    print(error)
-    sys.exit(error.exit_code)
-"""
-DYING = """
-import os, signal, sys
-from slimline import ledger, store
-from mlflow import MlflowClient
-CALLS = ("create_registered_model", "create_model_version", "set_registered_model_alias",
-         "delete_registered_model_alias", "set_model_version_tag")
-left = int(sys.argv[4])
-
-def dying(plain):
-    def call(*given, **named):
-        global left
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
-        answer = plain(*given, **named)
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
-        return answer
-    return call
-
-for name in CALLS:
-    setattr(MlflowClient, name, dying(getattr(MlflowClient, name)))
-ledger.move(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) or None, "promote", {"why": "one that dies"})
-"""
+CALLS = (
+    "create_registered_model", "create_model_version", "set_registered_model_alias", "delete_registered_model_alias",
+    "set_model_version_tag",
+)  # fmt: skip
+"""What a move asks of the registry that changes it."""
 
 
 def versions(folder: Path, name: str, count: int) -> list[int]:
@@ -74,30 +40,37 @@ def moves(name: str) -> list[tuple[str, int | None, int | None, bool]]:
     return [(e.kind, e.start, e.to, e.lost) for e in ledger.read(name).entries]
 
 
-def start(code: str, *arguments: object, **pipes) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(words, text=True, env=environment, stderr=subprocess.DEVNULL, **pipes)
+def forked(work, *arguments):
+    """A process begun in `work`, with a connection of its own."""
+    store._client.cache_clear()  # none is carried over a fork
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    return process
 
 
-@pytest.mark.slow
-def test_of_ten_processes_that_promote_at_once_one_wins_and_nine_say_why_they_did_not(remote_store, tmp_path):
-    first, *others = versions(tmp_path, "race", 11)
+def race(version: int, expected: int, gun, told) -> None:
+    ledger.read("race")
+    gun.wait()
+    try:
+        told.put((version, 0, moved("race", version, expected)))
+    except GateError as error:
+        told.put((version, error.exit_code, str(error)))
+
+
+def start_ten(folder: Path) -> None:
+    first, *others = versions(folder, "race", 11)
     moved("race", first, None)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    racers = [start(MOVE, "race", version, first, **pipes) for version in others]
+    context = multiprocessing.get_context("fork")
+    gun, told = context.Barrier(len(others)), context.Queue()
+    racers = [forked(race, version, first, gun, told) for version in others]
+    said = {version: (code, text) for version, code, text in (told.get(timeout=300) for _ in racers)}
     for racer in racers:
-        assert racer.stdout.readline() == "ready\n"
-    for racer in racers:
-        racer.stdin.write("go\n")
-        racer.stdin.flush()
-    said = [racer.communicate(timeout=300)[0].strip() for racer in racers]
-    codes = [racer.returncode for racer in racers]
-    assert sorted(codes) == [0] + [4] * 9, said
-    winner = others[codes.index(0)]
-    assert said[codes.index(0)] == f"Version {winner} of race is now the champion in place of version {first}."
-    assert all(f"version {winner}" in text and "Run the pipeline again" in text.replace("run", "Run") for text in said
-               if "is now" not in text)  # fmt: skip
+        racer.join()
+    assert sorted(code for code, _ in said.values()) == [0] + [4] * 9, said
+    winner = next(version for version in others if said[version][0] == 0)
+    assert said[winner][1] == f"Version {winner} of race is now the champion in place of version {first}."
+    for version in set(others) - {winner}:
+        assert f"version {winner}" in said[version][1] and "run the pipeline again" in said[version][1].lower()
     assert aliases("race") == (winner, first)
     whole = ledger.read("race").entries
     assert [e.number for e in whole] == list(range(1, len(whole) + 1))
@@ -105,31 +78,37 @@ def test_of_ten_processes_that_promote_at_once_one_wins_and_nine_say_why_they_di
     assert all(e.applied for e in whole if not e.lost)
 
 
-def _race(version: int, expected: int, gun) -> None:
-    gun.wait()
-    try:
-        moved("race", version, expected)
-    except GateError:
-        os._exit(4)
-    os._exit(0)
+@pytest.mark.slow
+def test_of_ten_processes_that_promote_at_once_one_wins_and_nine_say_why_they_did_not(remote_store, tmp_path):
+    start_ten(tmp_path)
 
 
 def test_of_ten_that_share_a_sqlite_file_one_wins_as_well(fresh_store, tmp_path):
-    first, *others = versions(tmp_path, "race", 11)
-    moved("race", first, None)
-    store._client.cache_clear()  # no connection is carried over a fork
-    context = multiprocessing.get_context("fork")
-    gun = context.Barrier(len(others))
-    racers = [context.Process(target=_race, args=(version, first, gun)) for version in others]
-    for racer in racers:
-        racer.start()
-    for racer in racers:
-        racer.join(120)
-    codes = [racer.exitcode for racer in racers]
-    assert sorted(codes) == [0] + [4] * 9
-    winner = others[codes.index(0)]
-    assert aliases("race") == (winner, first)
-    assert [(e.start, e.to) for e in ledger.read("race").entries if not e.lost] == [(None, first), (first, winner)]
+    start_ten(tmp_path)
+
+
+def die(name: str, version: int, expected: int, calls: int) -> None:
+    """Move the champion, and be killed right before (0, 2, ...) or after (1, 3, ...) a call that changes it."""
+    left = calls
+
+    def dying(plain):
+        def call(*given, **named):
+            nonlocal left
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            answer = plain(*given, **named)
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            return answer
+
+        return call
+
+    for call in CALLS:
+        setattr(MlflowClient, call, dying(getattr(MlflowClient, call)))
+    moved(name, version, expected)
+    os._exit(0)
 
 
 @pytest.mark.slow
@@ -141,16 +120,16 @@ def test_a_process_killed_at_any_call_leaves_the_champion_on_the_old_or_the_new_
     store.set_alias("dies", "challenger", second)
     at, outcomes, champion = 0, [], first
     while True:
-        process = start(DYING, "dies", second if champion != second else third, champion, at)
-        process.wait(120)
-        assert process.returncode in (0, -signal.SIGKILL)
+        process = forked(die, "dies", second if champion != second else third, champion, at)
+        process.join(120)
+        assert process.exitcode in (0, -signal.SIGKILL)
         standing = store.alias("dies", "champion")
         assert standing in (champion, second, third)
         state = ledger.settle("dies")
         assert aliases("dies") == (state.champion, state.previous)
         outcomes.append(state.champion != champion)
         champion = state.champion
-        if process.returncode == 0:
+        if process.exitcode == 0:
             break
         back = first if champion != first else second
         assert "is now the champion" in moved("dies", back, champion)  # the next one is not hindered
@@ -265,15 +244,17 @@ def test_the_ledger_says_who_when_and_why_on_the_command_line(fresh_store, tmp_p
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
     moved("reviews", one, None)
     moved("reviews", two, one)
-    command = [sys.executable, "-m", "slimline.cli", "ledger", "reviews"]
-    environment = {**os.environ, "COLUMNS": "200"}
-    told = json.loads(subprocess.check_output([*command, "--json"], env=environment, text=True))
+    monkeypatch.setattr(cli, "out", Console(highlight=False, width=200))
+
+    def said(*words):
+        return CliRunner().invoke(cli.app, ["ledger", *words]).output
+
+    told = json.loads(said("reviews", "--json"))
     assert [(move["from"], move["to"], move["lost"]) for move in told] == [(None, one, False), (one, two, False)]
     assert told[0]["who"].startswith("ada on ") and told[0]["why"] == "a test" and told[0]["at"].endswith("+00:00")
-    page = subprocess.check_output(command, env=environment, text=True)
+    page = said("reviews")
     assert "promote" in page and "a test" in page and "ada on" in page
-    nothing = subprocess.check_output([*command[:-1], "unknown"], env=environment, text=True)
-    assert nothing == "The champion of unknown has never been moved.\n"
+    assert said("unknown") == "The champion of unknown has never been moved.\n"
 
 
 @pytest.mark.slow
