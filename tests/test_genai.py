@@ -219,8 +219,7 @@ def test_half_precision_is_for_gpus(floats, tmp_path, documents):
     ("kind", "more"),
     [
         ("qwen2", {}), ("qwen3", {}), ("gemma", {}), ("gemma2", {"sliding_window": 16}),
-        ("mistral", {}), ("phi", {"width": 128}),
-        ("phi3", {"original_max_position_embeddings": 128}), ("llama", {"tied": False}),
+        ("mistral", {}), ("phi", {"width": 128}), ("phi3", {}), ("llama", {"tied": False}),
     ],
 )  # fmt: skip
 def test_every_family_that_the_builder_knows_says_what_its_source_says(kind, more, tmp_path, documents):

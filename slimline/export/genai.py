@@ -133,7 +133,12 @@ def write_floats(source: Path, out: Path) -> None:
     rest = [name for name in weights.floats() if not name.startswith(f"{kind.layers}.")]
     writer.write(depth, {name: weights.read(name).float() for name in rest})
     writer.finish()
-    changes = {"quantization_config": None, "dtype": "float32", "architectures": [BUILT[values["model_type"]]]}
+    changes: dict[str, Any] = {
+        "quantization_config": None, "dtype": "float32", "architectures": [BUILT[values["model_type"]]],
+    }  # fmt: skip
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if values["model_type"] == "phi3" and rope.get("rope_type", rope.get("type")) != "longrope":
+        changes["original_max_position_embeddings"] = decoder.context(values)  # else the builder takes it for stretched
     decoder.copy_rest(source, out, changes)
 
 
