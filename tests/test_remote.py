@@ -1,5 +1,6 @@
 """Whole pipelines on MLflow with sign-in, PostgreSQL and S3; the database lost and restored; MLflow's page."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,17 +13,16 @@ import yaml
 
 from slimline import artifact, serve, store
 from tests.servers import ELSEWHERE, PASSWORD, USER, Tracking
-from tests.test_launch import parameters
+from tests.test_launch import short
 
 pytestmark = pytest.mark.slow
 TEXTS = ["a superb and moving film", "dull and clumsy", ""]
 NAMES = ("left", "right")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, postgres, s3_server):
+@contextlib.contextmanager
+def two_at_once(folder: Path, postgres, s3_server, *words: str):
     """Two pipelines that ran at once, from two machines as it were, into one tracking server."""
-    folder = tmp_path_factory.mktemp("remote")
     with (
         Tracking(folder / "server", postgres, s3_server, prefix="remote") as server,
         pytest.MonkeyPatch.context() as patch,
@@ -31,10 +31,11 @@ def world(tmp_path_factory, postgres, s3_server):
             patch.delenv(variable)
         for variable, value in {**server.env, "SLIMLINE_STORE": str(folder / "reader")}.items():
             patch.setenv(variable, value)
-        values, started = parameters(folder), []
+        values, started = short(folder), []
+        subprocess.run(["chmod", "-R", "a+rX", str(folder)], check=True)
         for name in NAMES:
             (folder / f"{name}.yaml").write_text(yaml.safe_dump({**values, "name": name}))
-            command = [sys.executable, "-m", "slimline.cli", "run", "optimize", "-f", f"{name}.yaml", "--json"]
+            command = [sys.executable, "-m", "slimline.cli", "run", "optimize", "-f", f"{name}.yaml", "--json", *words]
             environment = {**os.environ, "SLIMLINE_STORE": str(folder / f"home-{name}")}
             started.append(
                 subprocess.Popen(
@@ -43,7 +44,13 @@ def world(tmp_path_factory, postgres, s3_server):
             )
         ended = [process.communicate() for process in started]
         assert [process.returncode for process in started] == [0, 0], [said[-2000:] for pair in ended for said in pair]
-        yield {"folder": folder, "server": server, "postgres": postgres, "said": [out for out, _ in ended]}
+        yield {"folder": folder, "server": server, "postgres": postgres}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, postgres, s3_server):
+    with two_at_once(tmp_path_factory.mktemp("remote"), postgres, s3_server) as made:
+        yield made
 
 
 def champion(name: str) -> artifact.Manifest:

@@ -14,7 +14,7 @@ from components.plan import plan as port
 from slimline import artifact, judging, launch, ledger, recipe, retraining, store
 from slimline.errors import ConfigError, DataError, StoreError
 from tests.stores import saved, standing_in
-from tests.test_launch import CLI, parameters
+from tests.test_launch import CLI, short
 from tests.tiny import make_data
 
 ROWS = 900
@@ -24,7 +24,7 @@ ROWS = 900
 def world(tmp_path_factory):
     """A champion made by optimize, and a function that retrains it from a data set."""
     with standing_in(tmp_path_factory.mktemp("world")) as folder:
-        values = parameters(folder)
+        values = short(folder)
         assert launch.run("optimize", values, print, "slimline run optimize").summary["status"] == "PASS"
         yield {"folder": folder, "values": values}
 
