@@ -34,7 +34,7 @@ help: ## List the targets and settings
 	@echo "  IMAGES       of cpu gpu language tensorrt llm mlflow ($(IMAGES))"
 	@echo "  BASE         their base; debootstrap makes one     (python:3.11-slim-bookworm)"
 	@echo "  WHEELS       what gpu-check lacks, as a folder     ()"
-	@echo "  GPU_CHECK    more for gpu-check, as in --batches 1 ()"
+	@echo "  GPU_CHECK    more for its engines, as in --batches 1 ()"
 	@echo "  REGISTRY     where images are pushed to            ()"
 
 run: $(VENV)/run.stamp ## Install what is locked and run the example: a model in, a promoted smaller one out
@@ -79,9 +79,12 @@ lock: $(VENV)/run.stamp ## Write requirements/*.txt anew (LOCK_FLAGS=--upgrade f
 benchmarks: $(VENV)/run.stamp ## Measure the table of the README again
 	$(BIN)/python -m benchmarks
 
-gpu-check: ## Check and time engines on this machine's GPU, against PyTorch and ONNX Runtime; needs no MLflow
+gpu-check: ## On this machine's GPU: time a language model in four forms, a layer's quantization and engines; check techniques
 	@$(if $(WHEELS),$(GPU_PYTHON) -m pip install -q --no-index --no-deps --upgrade --target build/gpu-check $(WHEELS)/*.whl)
+	PYTHONPATH=build/gpu-check $(GPU_PYTHON) -m benchmarks.gpu_llm
+	PYTHONPATH=build/gpu-check $(GPU_PYTHON) -m benchmarks.scale --gpu
 	PYTHONPATH=build/gpu-check $(GPU_PYTHON) -m benchmarks.gpu $(GPU_CHECK)
+	PYTHONPATH=build/gpu-check $(GPU_PYTHON) -m benchmarks.gpu_techniques
 
 clean: ## Remove the virtual environment and caches; stores and reports stay
 	rm -rf $(VENV) build dist *.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

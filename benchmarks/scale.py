@@ -1,6 +1,7 @@
 """What a model's size costs: memory, which should be flat, and minutes, which should be in proportion.
 
     python -m benchmarks.scale [--sizes 0.1 0.5 1 3] [--work quantize.rtn walk quantize.gptq] [--scratch FOLDER]
+    python -m benchmarks.scale --gpu [--out FOLDER] [--scratch FOLDER]
 
 Llama-shaped models of random bfloat16 weights are written shard by shard, worked on in a fresh process each, and
 deleted again. Memory is what the process holds of its own (RssAnon), sampled every 10 ms, above what it held after the
@@ -10,9 +11,13 @@ calibrates: all layers on 16 windows of 512 tokens with the second moments of ev
 Figures of earlier runs are kept, so that large sizes can be measured when the machine is free, and `--sizes` without
 any only writes the page. Writes scale.json and scale.md.
 
+With --gpu one layer of a model of 3 and one of 70 thousand million parameters is quantized on an NVIDIA GPU, from
+folder to folder: seconds, and the most memory of the GPU and of the process. Writes scale_gpu.json, and the page.
+
 Shapes: N = windows, T = tokens, W = width.
 """
 
+# Long because a size is made, worked on and told in one place, on a processor and on a GPU.
 from __future__ import annotations
 
 import argparse
@@ -44,6 +49,10 @@ LARGE = ("70", 80, 8192, 28672, 64, 8, 128_256)
 VOCABULARY, WINDOWS, LENGTH = 32_000, 16, 512
 WORK = ("quantize.rtn", "walk", "quantize.gptq")
 OPTIONS = {"quantize.rtn": {"search": False}, "quantize.gptq": {"windows": WINDOWS, "length": LENGTH}}
+GPU_LAYERS = {"3": (28, 3072, 8192, 24, 8), "70": LARGE[1:6]}
+"""Shapes of which one layer is quantized on a GPU; how many a model has comes first."""
+GPU_WORK = ("quantize.rtn", "quantize.fp8_w8a8", "quantize.gptq")
+GPU_WINDOWS, GPU_LENGTH, GPU_VOCABULARY = 16, 2048, 1024
 HERE = Path(__file__).parent
 
 
@@ -53,6 +62,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=SIZES)
     parser.add_argument("--work", nargs="*", default=list(WORK), choices=WORK)
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--one", nargs=3, metavar=("WORK", "SOURCE", "OUT"), help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     if asked.one:
@@ -60,6 +71,9 @@ def main(arguments: list[str]) -> None:
         return
     file = HERE / "scale.json"
     known: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"runs": {}}
+    if asked.gpu:
+        on_gpu(asked.out, asked.scratch)
+        asked.sizes = []
     for size in asked.sizes:
         with tempfile.TemporaryDirectory(prefix="slimline-scale-", dir=asked.scratch) as scratch:
             source = Path(scratch) / "source"
@@ -82,7 +96,10 @@ def main(arguments: list[str]) -> None:
     (HERE / "scale.md").write_text(page(known), encoding="utf-8")
 
 
-def make(folder: Path, layers: int, width: int, feed: int, heads: int, groups: int) -> int:
+def make(
+    folder: Path, layers: int, width: int, feed: int, heads: int, groups: int, vocabulary: int = VOCABULARY,
+    device: str = "cpu",
+) -> int:  # fmt: skip
     """Write a Llama of random weights in bfloat16, a layer in memory at a time. Returns how many parameters."""
     import torch
 
@@ -93,7 +110,7 @@ def make(folder: Path, layers: int, width: int, feed: int, heads: int, groups: i
         "self_attn.o_proj": (width, width), "mlp.gate_proj": (feed, width), "mlp.up_proj": (feed, width),
         "mlp.down_proj": (width, feed), "input_layernorm": (width,), "post_attention_layernorm": (width,),
     }  # fmt: skip
-    around = {"model.embed_tokens": (VOCABULARY, width), "model.norm": (width,), "lm_head": (VOCABULARY, width)}
+    around = {"model.embed_tokens": (vocabulary, width), "model.norm": (width,), "lm_head": (vocabulary, width)}
     writer = Writer(folder, layers + 1)
     for i in range(layers + 1):
         torch.manual_seed(i)
@@ -101,34 +118,34 @@ def make(folder: Path, layers: int, width: int, feed: int, heads: int, groups: i
         tensors = {
             f"{scope}{name}.weight": torch.ones(shape, dtype=torch.bfloat16)
             if len(shape) == 1
-            else torch.empty(shape, dtype=torch.bfloat16).normal_(std=shape[1] ** -0.5)
+            else torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=shape[1] ** -0.5)
             for name, shape in part.items()
         }
         count += sum(tensor.numel() for tensor in tensors.values())
         writer.write(i, tensors)
     writer.finish()
     config = {
-        "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": feed,
+        "model_type": "llama", "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": feed,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": groups,
         "max_position_embeddings": 4096, "tie_word_embeddings": False, "dtype": "bfloat16",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    words(folder)
+    words(folder, vocabulary)
     return count
 
 
-def words(folder: Path) -> None:
-    """A tokenizer of as many words as the model has rows, and documents of random ones."""
+def words(folder: Path, vocabulary: int = VOCABULARY, windows: int = WINDOWS, length: int = LENGTH) -> None:
+    """A tokenizer of as many words as the model has rows, and documents of random ones that fill these windows."""
     import numpy as np
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
 
-    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
     draw = np.random.default_rng(0)
-    rows = (draw.integers(VOCABULARY, size=LENGTH + 1) for _ in range(WINDOWS + 1))
+    rows = (draw.integers(vocabulary, size=length + 1) for _ in range(windows + 1))
     lines = [json.dumps({"text": " ".join(f"w{i}" for i in row), "split": "calibration"}) for row in rows]
     (folder / "documents.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -203,6 +220,83 @@ def layer_bytes(width: int, feed: int, heads: int, groups: int) -> int:
     return 4 * (2 * width**2 + 2 * width * (width // heads * groups) + 3 * width * feed)
 
 
+def on_gpu(out: Path, scratch: Path) -> None:
+    """Quantize one layer of each shape on the GPU and write scale_gpu.json. On a machine without one: a tiny layer."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    shapes = GPU_LAYERS if cuda else {"tiny": TINY}
+    windows, length = (GPU_WINDOWS, GPU_LENGTH) if cuda else (2, 64)
+    found: dict[str, Any] = {"machine": bench.machine(), "windows": windows, "length": length, "layers": {}}
+    with tempfile.TemporaryDirectory(prefix="slimline-scale-", dir=scratch) as place:
+        for size, (_, *shape) in {"warm": TINY, **shapes}.items():
+            source = Path(place) / size
+            make(source, 1, *shape, GPU_VOCABULARY, "cuda" if cuda else "cpu")
+            words(source, GPU_VOCABULARY, windows, length)
+            for work in GPU_WORK:
+                told = layer_on_gpu(work, source, Path(place) / f"{size} {work}", windows, length)
+                if size != "warm":  # what libraries set up once is no layer's time
+                    found["layers"][f"{work} {size}"] = told
+                    print(work, size, told, flush=True)
+                    (out / "scale_gpu.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            shutil.rmtree(source)
+
+
+def layer_on_gpu(work: str, source: Path, out: Path, windows: int, length: int) -> dict[str, float]:
+    """Seconds from folder to folder, and the most memory that tensors on the GPU and the process itself held."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    out.mkdir()
+    module = technique.find(work)
+    options: dict[str, Any] = {"search": False} if work == "quantize.rtn" else {}
+    if work == "quantize.gptq":
+        options = {"data": str(source / "documents.jsonl"), "windows": windows, "length": length}
+    peak, over = Peak(), threading.Event()
+    sampler = threading.Thread(target=peak.watch, args=(over,))
+    before, start = own_bytes(), time.perf_counter()
+    sampler.start()
+    try:
+        module.run(source, out, technique.configure(module, options))
+    finally:
+        over.set()
+        sampler.join()
+    seconds = time.perf_counter() - start
+    shutil.rmtree(out)
+    held, reserved = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (0, 0)
+    return {
+        "seconds": seconds, "gpu_bytes": held, "gpu_reserved_bytes": reserved, "own_bytes": max(0, peak.own - before),
+    }  # fmt: skip
+
+
+def gpu_table(found: dict[str, Any]) -> list[str]:
+    """What a layer took on a GPU, and all of a model's layers after it."""
+    machine = found["machine"]
+    lines = [
+        f"## One layer on {machine.get('gpu') or 'a processor (a rehearsal)'}, measured",
+        "",
+        f"`python -m benchmarks.scale --gpu`: one layer of random weights from folder to folder; quantize.gptq with "
+        f"its defaults, on {found['windows']} windows of {found['length']} tokens. torch {machine['torch']}. "
+        "All layers: as many times that, one after the other. Reserved is what PyTorch took of the GPU for it: what is "
+        "less than 80 fits on one GPU of 80 GB.",
+        "",
+        "| work | model, 10^9 | seconds a layer | GPU GB | GPU GB reserved | own memory GB | all layers, minutes |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for key, row in found["layers"].items():
+        work, _, size = key.partition(" ")
+        layers = GPU_LAYERS.get(size, TINY)[0]
+        lines.append(
+            f"| {work} | {size} | {row['seconds']:.1f} | {row['gpu_bytes'] / 1e9:.1f} | "
+            f"{row['gpu_reserved_bytes'] / 1e9:.1f} | {row['own_bytes'] / 1e9:.1f} | "
+            f"{row['seconds'] * layers / 60:.1f} |"
+        )
+    return lines
+
+
 def page(known: dict[str, Any]) -> str:
     """The tables as Markdown, with the machine and the command that made them."""
     runs = known["runs"]
@@ -234,7 +328,9 @@ def page(known: dict[str, Any]) -> str:
                 f"{minutes / found['parameters'] * 1e9:.1f} | {own / 1e6:.0f} | {(own - inputs) / layer:.1f} | "
                 f"{layer / 1e6:.0f} | {inputs / 1e6:.0f} | {found['resident_bytes'] / 1e6:.0f} |"
             )
-    return "\n".join([*lines, "", *computed(runs), ""])
+    file = HERE / "scale_gpu.json"
+    measured = ["", *gpu_table(json.loads(file.read_text()))] if file.is_file() else []
+    return "\n".join([*lines, "", *computed(runs), *measured, ""])
 
 
 def inputs_bytes(work: str, width: int) -> int:

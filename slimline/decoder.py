@@ -141,7 +141,7 @@ def load(folder: Path, dtype: str = "float32") -> torch.nn.Module:
     model = frame(folder)
     state: dict[str, Any] = {}
     for name in weights.floats():
-        state[name] = weights.read(name, transposed=kind.transposed).to(kept)
+        state[name] = weights.read(name, kind.transposed, hf.device()).to(kept)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     if tied and (head := f"{kind.head}.weight") in state:
         same = state[head].shape == state[f"{kind.embedding}.weight"].shape

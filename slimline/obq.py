@@ -19,6 +19,7 @@ Shapes: O = outputs, I = inputs, G = groups of inputs that share a scale, C = in
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -153,19 +154,23 @@ def factor(hessian_II: torch.Tensor, damp: float, order_I: torch.Tensor, name: s
     """
     import torch
 
-    whole_II = hessian_II.double()
+    whole_II = hessian_II.to(torch.float64, copy=True)
     if not torch.isfinite(whole_II).all():
         raise ModelError(f"what enters {name} is not finite on the calibration text. Is the checkpoint whole?")
-    mean = float(whole_II.diagonal().mean())
-    same_II = torch.eye(len(whole_II), dtype=torch.float64, device=whole_II.device)
+    loud_I = whole_II.diagonal().clone()
+    mean = float(loud_I.mean())
     for tried in range(TRIES):
         taken = damp * 10**tried
-        damped_II = whole_II + same_II * (taken * mean if mean > 0 else 1.0)
-        lower_II, failed = torch.linalg.cholesky_ex(damped_II[order_I][:, order_I])
+        # in place, and each step's matrix let go before the next one's: one of 28672 inputs is 6.6 GB
+        whole_II.diagonal().copy_(loud_I + (taken * mean if mean > 0 else 1.0))
+        lower_II, failed = torch.linalg.cholesky_ex(whole_II[order_I[:, None], order_I])
         if not failed:
-            root_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
+            inverse_II = torch.cholesky_inverse(lower_II)
+            del lower_II
+            root_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
+            del inverse_II
             if not failed and torch.isfinite(root_II).all():
-                return Factor(damped_II, root_II, taken)
+                return Factor(whole_II, root_II, taken)
     raise ModelError(
         f"the second moments of what enters {name} cannot be inverted, even damped by {taken:g} of their mean. "
         "Calibrate on more text, or ask for a higher damp."
@@ -196,8 +201,16 @@ def spread(
 
     left_OI, numbers_OI = weight_OI[:, order_I], torch.empty_like(start.numbers_OI)
     size = weight_OI.shape[1] // start.scale_OG.shape[1]
+    if on_gpu := has_kernels(weight_OI):
+        block = narrow(block, size if refit else 0)
     for first in range(0, left_OI.shape[1], block):
         here = slice(first, min(first + block, left_OI.shape[1]))
+        if on_gpu:
+            if refit is not None and first % size == 0:
+                refit(left_OI[:, first : first + size], int(order_I[first]) // size)
+            numbers_OI[:, order_I[here]], errors_OB = _spread_at_once(left_OI, root_II, start, bits, order_I, here)
+            left_OI[:, here.stop :] -= errors_OB @ root_II[here, here.stop :]
+            continue
         errors_OB = torch.empty_like(left_OI[:, here])
         for i, column in enumerate(order_I[here].tolist(), first):
             group = column // size
@@ -213,6 +226,37 @@ def spread(
     return Integers(numbers_OI, start.scale_OG, start.zero_OG)
 
 
+def _spread_at_once(
+    left_OI: torch.Tensor, root_II: torch.Tensor, start: Integers, bits: int, order_I: torch.Tensor, here: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(numbers, errors) of a block on a GPU, in one kernel."""
+    import torch
+
+    from slimline import columns
+
+    group_B = order_I[here] // (left_OI.shape[1] // start.scale_OG.shape[1])
+    scale_OB = start.scale_OG[:, group_B].to(left_OI)
+    zero_OB = torch.zeros_like(scale_OB) if start.zero_OG is None else start.zero_OG[:, group_B].to(left_OI)
+    return columns.spread(left_OI[:, here], root_II[here, here], scale_OB, zero_OB, bits)
+
+
+def has_kernels(weight_OI: torch.Tensor) -> bool:
+    """Whether this matrix's columns can be rounded by columns.py."""
+    import torch
+
+    kind = weight_OI.dtype == torch.float32
+    return kind and weight_OI.is_cuda and importlib.util.find_spec("triton") is not None
+
+
+def narrow(block: int, size: int) -> int:
+    """Columns of a kernel's block: at most 128, and a divisor of `size` if that is not 0.
+
+    What lies beyond a block is told of its errors at once, so how wide it is changes only rounding's last bit.
+    """
+    most = min(block, 128)
+    return max(n for n in range(1, most + 1) if size % n == 0) if size else most
+
+
 def sweep(weight_OI: torch.Tensor, hessian_II: torch.Tensor, whole: Integers, bits: int, block: int) -> Integers:
     """Each group's scale moved to the best for its numbers, then each number to the best given all others, in order.
 
@@ -223,6 +267,10 @@ def sweep(weight_OI: torch.Tensor, hessian_II: torch.Tensor, whole: Integers, bi
     numbers_OI, scale_OG = whole.numbers_OI.to(weight_OI), whole.scale_OG.clone()
     size = numbers_OI.shape[1] // scale_OG.shape[1]
     slope_OI = (whole.floats().to(weight_OI) - weight_OI) @ hessian_II  # half the derivative of the loss
+    if on_gpu := has_kernels(weight_OI):
+        from slimline import columns
+
+        block = narrow(block, 0)
     for group in range(scale_OG.shape[1]):
         inside = slice(group * size, (group + 1) * size)
         level_OC = numbers_OI[:, inside] - (0 if whole.zero_OG is None else whole.zero_OG[:, group, None])
@@ -232,6 +280,12 @@ def sweep(weight_OI: torch.Tensor, hessian_II: torch.Tensor, whole: Integers, bi
         scale_OG[:, group] = scale_O
         for first in range(inside.start, inside.stop, block):
             here = slice(first, min(first + block, inside.stop))
+            if on_gpu:
+                numbers_OI[:, here], moved_OB = columns.sweep(
+                    slope_OI[:, here], hessian_II[here, here], scale_O.to(weight_OI), numbers_OI[:, here], bits
+                )
+                slope_OI += moved_OB @ hessian_II[here]
+                continue
             slope_OB, within_BB = slope_OI[:, here].clone(), hessian_II[here, here]
             moved_OB = torch.empty_like(slope_OB)
             for i in range(slope_OB.shape[1]):

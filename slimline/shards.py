@@ -61,17 +61,21 @@ class Weights:
         tensor: torch.Tensor = self.opened[file].get_tensor(name)
         return tensor
 
-    def read(self, name: str, transposed: bool = False) -> torch.Tensor:
-        """One tensor as a model has it, in the type it is stored in; a packed matrix as floats.
+    def read(self, name: str, transposed: bool = False, device: str = "cpu") -> torch.Tensor:
+        """One tensor as a model has it, in the type it is stored in; a packed matrix as floats, unpacked on the device.
 
         Packed matrices are [outputs, inputs]; `transposed` gives them as [inputs, outputs], as Conv1D has them.
         """
+
+        def raw(stored: str) -> torch.Tensor:
+            return self.raw(stored).to(device)
+
         if self.packing.packs(name, self.found):
-            matrix_OI = self.packing.read(name, self.raw, self.found)
+            matrix_OI = self.packing.read(name, raw, self.found)
             return matrix_OI.T.contiguous() if transposed else matrix_OI
         if name not in self.found:
             raise ModelError(f"{self.folder} has no {name}. Is the checkpoint whole?")
-        return self.raw(name)
+        return raw(name)
 
     def integers(self, name: str) -> tuple[packed.Integers, int] | None:
         """A packed matrix in whole numbers, with their bits; None for one that is stored as floats."""

@@ -68,6 +68,18 @@ def test_a_contender_that_a_library_refuses_costs_no_other(tmp_path):
     assert "broken" in skipped
 
 
+def test_a_gpu_that_no_runtime_builds_for_is_named_with_what_is_missing():
+    hopper, ada = engine.Gpu("NVIDIA H200", "9.0"), engine.Gpu("NVIDIA L4", "8.9")
+    with pytest.raises(gpu.Skip, match=r"TensorRT for RTX does not support NVIDIA H200 \(compute capability 9.0"):
+        gpu.require_engines({"tensorrt_rtx": "1.7"}, hopper)
+    with pytest.raises(gpu.Skip, match="TensorRT is not installed here"):
+        gpu.require_engines({}, ada)
+    with pytest.raises(gpu.Skip, match="no GPU that works"):
+        gpu.require_engines({"tensorrt_rtx": "1.7"}, None)
+    gpu.require_engines({"tensorrt_rtx": "1.7"}, ada)
+    gpu.require_engines({"tensorrt": "10.9"}, hopper)
+
+
 def test_where_engines_are_not_proven_faster_the_page_says_so():
     rows = {gpu.RIVAL: ROW, "engine fp16": ROW, "engine int8": ROW | {"ratio_low": 1.2}}
     assert not list(gpu.slower({8: rows}))

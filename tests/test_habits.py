@@ -205,7 +205,7 @@ def test_what_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     declared = {re.split(r"[\s\[<>=!;]", w)[0].lower().replace("-", "_") for w in wanted}
-    known_as = {"yaml": "pyyaml", "google": "protobuf"}
+    known_as = {"yaml": "pyyaml", "google": "protobuf", "triton": "torch"}  # torch for CUDA brings triton
     used = {m.partition(".")[0] for path in SOURCES for m, _ in nested_imports(path)}
     foreign = used - set(sys.stdlib_module_names) - {"slimline", "components", "pipelines"}
     assert {known_as.get(name, name) for name in foreign} <= declared
