@@ -43,8 +43,11 @@ run: $(VENV)/run.stamp ## Install what is locked and run the example: a model in
 run-llm: $(VENV)/run.stamp ## The same for a language model: SmolLM2 in, a promoted 4-bit one out
 	$(BIN)/slimline run language -f $(if $(filter-out examples/reviews/%,$(RECIPE)),$(RECIPE),examples/smollm/recipe.yaml)
 
-test: $(VENV)/dev.stamp ## Run the whole test suite, with coverage of the library
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(TESTS)
+test: $(VENV)/dev.stamp ## Run the whole test suite
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+coverage: ## The same, with what it covers of the library, which takes a third longer
+	$(MAKE) test TESTS="--cov --cov-report=term $(TESTS)"
 
 images: ## Build the images that steps run in, with Docker or Podman
 	docker/build.sh $(IMAGES)
@@ -105,4 +108,4 @@ build/checkov.stamp: $(VENV)/dev.stamp requirements/checkov.txt
 	build/checkov/bin/python -m pip install -q --no-deps --require-hashes -r requirements/checkov.txt
 	@touch $@
 
-.PHONY: help run run-llm test images test-containers lint lint-infra ui compile lock benchmarks gpu-check clean
+.PHONY: help run run-llm test coverage images test-containers lint lint-infra ui compile lock benchmarks gpu-check clean
