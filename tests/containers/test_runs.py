@@ -180,6 +180,7 @@ def test_a_success_without_outputs_is_not_believed(client, workplace):
 def test_a_store_that_the_container_cannot_reach_is_named(client, workplace, tracking_server, monkeypatch):
     uri, _ = tracking_server
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("SLIMLINE_RETRY_SECONDS", "2")
     ran = slimline("run", "optimize", "-f", "recipe.yaml", "--docker", "--network", "none", cwd=workplace)
     assert ran.returncode == 5 and f"the tracking server at {uri} cannot be reached" in ran.stderr
 
