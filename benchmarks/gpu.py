@@ -432,9 +432,14 @@ def slower(times: dict[Any, dict[str, dict[str, float]]]) -> Iterator[str]:
                 yield f"- At {size} texts no engine is proven faster than {RIVAL} ({best:.2f}x at worst)."
 
 
-if __name__ == "__main__":
+def ending_in_a_sentence(work: Callable[[Sequence[str]], None]) -> None:
+    """Do what the command line asks; an error of ours is one sentence and its exit code."""
     try:
-        main(sys.argv[1:])
+        work(sys.argv[1:])
     except SlimlineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    ending_in_a_sentence(main)

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ import numpy as np
 
 from benchmarks import gpu, scale
 from slimline import bench, decoder, hf
-from slimline.errors import ConfigError, ModelError, SlimlineError
+from slimline.errors import ConfigError, ModelError
 from slimline.shards import Weights, Writer
 
 TECHNIQUES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -680,8 +679,4 @@ def alone_table(found: dict[str, Any]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except SlimlineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    gpu.ending_in_a_sentence(main)

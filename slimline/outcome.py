@@ -18,9 +18,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slimline import attempt, portable, progress, recipe, store
-from slimline.errors import SlimlineError
-from slimline.step import reporting
+from slimline import attempt, portable, recipe, store
+from slimline.step import reporting, telling
 
 STATUS = {"SUCCEEDED": "FINISHED", "CANCELLED": "KILLED"}
 """What MLflow calls Kubeflow's states; every other one is FAILED."""
@@ -52,11 +51,8 @@ def begin(pipeline: str) -> Outcome:
             checked = _checked(pipeline, attempt.given())
             name = f"{pipeline} {checked.get('name', '')}".strip()
             run_id = store.start_pipeline(name, pipeline, checked, f"kubeflow {_kubeflow_run()}".strip())
-    try:
+    with telling("begin"):  # as where a container cannot reach the store
         return Outcome(pipeline, "RUNNING", "", _links(run_id))
-    except SlimlineError as error:  # a container that cannot reach the store: the launcher is told why
-        progress.emit("error", "begin", kind=type(error).__name__, message=str(error))
-        raise
 
 
 def _checked(pipeline: str, values: dict[str, Any]) -> dict[str, Any]:

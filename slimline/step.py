@@ -337,6 +337,13 @@ def reporting(name: str) -> Iterator[None]:
     attempt.refuse_in_vain(name)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(SystemExit(143)))
+    with telling(name):
+        yield
+
+
+@contextmanager
+def telling(name: str) -> Iterator[None]:
+    """Tell the watcher why a step failed, if it does."""
     try:
         yield
     except SlimlineError as error:
