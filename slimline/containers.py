@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import requests
+import urllib3
+
 from slimline import recipe
 from slimline.errors import ConfigError, SlimlineError, StoreError
 from slimline.fetch import local
@@ -36,6 +39,8 @@ LAST = "finish"
 """The step that runs however the others ended."""
 PASSED = ("AWS_", "MLFLOW_", "SLIMLINE_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "OMP_NUM_THREADS")
 LABEL = "slimline.launcher"
+PAUSE = 5.0
+"""Seconds between two looks at what a step has written."""
 PLACEHOLDER = re.compile(r"\{\{\$\.inputs\.parameters\['(.+)'\]\}\}")
 
 
@@ -99,21 +104,21 @@ class Containers:
 
     def run(self, client: Any, image: str, command: list[str], volumes: dict[str, Any], **given: Any) -> int:
         """Run one step to its end and return its exit code; what else went wrong is in `failure`."""
-        last = argument(command, "--function_to_execute") == LAST
-        if self.exit_code and not last:
+        step = argument(command, "--function_to_execute")
+        if self.exit_code and step != LAST:
             return self.exit_code  # kfp.local goes on with what does not depend on the step that failed
         try:
-            code = self._run(client, image, command, volumes, **given)
+            with _telling(step):
+                code = self._run(client, image, step, command, volumes, **given)
         except SlimlineError as error:
             self.failure, code = self.failure or error, error.exit_code
         self.exit_code = self.exit_code or code
         return code
 
-    def _run(self, client: Any, image: str, command: list[str], volumes: dict[str, Any], **given: Any) -> int:
-        import docker
-
+    def _run(
+        self, client: Any, image: str, step: str, command: list[str], volumes: dict[str, Any], **given: Any
+    ) -> int:
         bury_the_dead(client)
-        step = argument(command, "--function_to_execute")
         limit = self.memory.get(step)
         with tempfile.TemporaryDirectory(dir=self.scratch, ignore_cleanup_errors=True) as folder:
             options = {
@@ -133,17 +138,16 @@ class Containers:
             try:
                 self.container = client.containers.create(image, command, **options)
                 return self._watch(step, limit, command)
-            except docker.errors.APIError as error:
-                raise StoreError(f"the container of step {step} did not start: {error.explanation}.") from None
             finally:
                 self.stop()
 
     def _watch(self, step: str, limit: str | None, command: list[str]) -> int:
         self.container.start()
-        with self.log.open("ab") as handle:
-            written = sum(handle.write(line) for line in self.container.logs(stream=True, follow=True))
-            code = int(self.container.wait()["StatusCode"])
-            handle.write(self.container.logs()[written:])  # Podman may lose the end of what is followed
+        code, written = None, 0
+        with self.log.open("ab", buffering=0) as handle:
+            while code is None:  # not followed: Podman loses its end, or waits forever for what has ended already
+                code = self._ended()
+                written += handle.write(self.container.logs()[written:])
         self.container.reload()
         if self.container.attrs["State"].get("OOMKilled") or (code == 137 and limit):
             asked = f"the {limit} that the pipeline asks for it" if limit else "this machine has"
@@ -154,6 +158,17 @@ class Containers:
         if code == 0 and (lost := missing_outputs(command)):
             raise StoreError(f"step {step} ended well but left no {', '.join(lost)}. The log is {self.log}.")
         return code
+
+    def _ended(self) -> int | None:
+        """The exit code, or nothing if the step still runs after a pause."""
+        try:
+            return int(self.container.wait(timeout=PAUSE)["StatusCode"])
+        except requests.exceptions.ConnectionError as error:  # Docker sends its header first, so the body is late
+            if not isinstance(error.args[0], urllib3.exceptions.ReadTimeoutError):
+                raise
+        except requests.exceptions.ReadTimeout:
+            pass
+        return None
 
     def _places(self, scratch: Path, volumes: dict[str, Any]) -> dict[str, Any]:
         """What the step sees of this machine: its store, its scratch and, read-only, what the recipe names."""
@@ -180,13 +195,30 @@ class Containers:
         """Remove the step's container, if any; a step that still runs gets time to say so in the store."""
         if self.container is None:
             return
-        self.container.reload()
-        if self.container.status == "running":
-            with contextlib.suppress(Exception):  # it may have ended by itself meanwhile
-                self.container.exec_run(["sh", "-c", "kill -TERM -1"])  # the first process is kfp's shell, which waits
-                self.container.wait(timeout=20)
-        self.container.remove(force=True, v=True)
+        with contextlib.suppress(requests.exceptions.RequestException):  # gone, or the engine is: bury_the_dead
+            self.container.reload()
+            if self.container.status == "running":
+                with contextlib.suppress(Exception):  # it may have ended by itself meanwhile
+                    self.container.exec_run(["sh", "-c", "kill -TERM -1"])  # the first process is kfp's shell: it waits
+                    self.container.wait(timeout=20)
+            self.container.remove(force=True, v=True)
         self.container = None
+
+
+@contextlib.contextmanager
+def _telling(step: str) -> Iterator[None]:
+    """Raise StoreError, in a sentence, for what the engine says of a step's container, or if it says no more."""
+    import docker
+
+    again = "Run the same command again: finished steps are reused."
+    try:
+        yield
+    except docker.errors.NotFound:
+        raise StoreError(f"the container of step {step} was removed by somebody while it ran. {again}") from None
+    except docker.errors.APIError as error:
+        raise StoreError(f"the container of step {step} did not start: {error.explanation}.") from None
+    except requests.exceptions.RequestException as error:
+        raise StoreError(f"the container engine no longer answers, at step {step} ({error}). {again}") from None
 
 
 def network_for(uri: str) -> str:

@@ -29,12 +29,12 @@ def changed(folder, change):
     return str(file)
 
 
-def training(folder):
+def training(folder, stderr=subprocess.DEVNULL):
     """A run that has begun to train and will for hours, as a process in a session of its own."""
     command = [sys.executable, "-m", "slimline.cli", "run", "optimize", "-f", "recipe.yaml", "--docker"]
     ran = subprocess.Popen(
         [*command, "--set", "train_epochs=900"], cwd=folder, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=stderr, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # or it is ignored, as in the background
     )  # fmt: skip
     for _ in range(600):
@@ -175,6 +175,15 @@ def test_a_success_without_outputs_is_not_believed(client, workplace):
 
     ran = slimline("run", changed(workplace, lie), "-f", "recipe.yaml", "--docker", cwd=workplace)
     assert ran.returncode == 5 and "step fetch ended well but left no Output" in ran.stderr
+
+
+def test_a_step_whose_container_somebody_removes_is_told_so(client, workplace):
+    ran = training(workplace, stderr=subprocess.PIPE)
+    for container in steps(client):
+        container.remove(force=True)
+    _, said = ran.communicate(timeout=60)
+    assert ran.returncode == 5 and "the container of step train was removed by somebody" in said
+    assert steps(client) == []
 
 
 def test_a_store_that_the_container_cannot_reach_is_named(client, workplace, tracking_server, monkeypatch):
