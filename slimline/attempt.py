@@ -15,7 +15,7 @@ import sys
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from slimline import errors, store
+from slimline import errors, retry, store
 from slimline.errors import StoreError
 
 FAILED = store.PREFIX + "failed."
@@ -32,8 +32,10 @@ class Failure(NamedTuple):
 
 
 def note(step: str, kind: str, message: str) -> None:
-    """Write down in the pipeline's run that this step failed. A store that is away is no further trouble."""
-    with suppress(StoreError):
+    """Write down in the pipeline's run that this step failed. A store that is away is no further trouble, and is not
+    waited for: the step may have failed because of it, after a wait of its own.
+    """
+    with suppress(StoreError), retry.briefly():
         if parent := store.pipeline_run():
             store.set_tags(parent, {_tag(step): json.dumps(Failure(step, kind, message[:2000])._asdict())})
 

@@ -1,16 +1,20 @@
 """Try again while a server is away, ever more slowly, up to a limit; then one sentence.
 
 The limit is SLIMLINE_RETRY_SECONDS; without it five minutes inside a step, where hours of work may hang on it, and ten
-seconds for a person at a prompt. It is counted by a clock that nobody sets, from the first failure of each call.
+seconds for a person at a prompt or to write down a failure. It is counted by a clock that nobody sets, from the first
+failure of each call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TypeVar
 
 from slimline.errors import ConfigError, StoreError
@@ -19,6 +23,8 @@ T = TypeVar("T")
 STEP_S, PROMPT_S, LONGEST_PAUSE_S = 300.0, 10.0, 20.0
 GOES_ON = "Finished steps are kept: run the same command again once it is back."
 
+_most_s: ContextVar[float] = ContextVar("most_s", default=math.inf)
+
 log = logging.getLogger("slimline")
 
 
@@ -26,14 +32,24 @@ def limit_s() -> float:
     """For how long a call is tried again. Raises ConfigError if SLIMLINE_RETRY_SECONDS is no such number."""
     given = os.environ.get("SLIMLINE_RETRY_SECONDS", "")
     if not given:
-        return STEP_S if patient() else PROMPT_S
+        return min(STEP_S if patient() else PROMPT_S, _most_s.get())
     try:
         seconds = float(given)
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds <= 86_400:
         raise ConfigError(f"SLIMLINE_RETRY_SECONDS is {given!r}. Give seconds from 0 to 86400.")
-    return seconds
+    return min(seconds, _most_s.get())
+
+
+@contextlib.contextmanager
+def briefly() -> Iterator[None]:
+    """Within it nobody waits longer than at a prompt: for a call whose failure costs little."""
+    token = _most_s.set(PROMPT_S)
+    try:
+        yield
+    finally:
+        _most_s.reset(token)
 
 
 def patient() -> bool:

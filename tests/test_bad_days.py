@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from slimline import artifact, step, store, transfer
+from slimline import artifact, attempt, retry, step, store, transfer
 from slimline.errors import StoreError
 from tests.faults import ENDLESS, Fault, Faults
 from tests.servers import use
@@ -87,6 +87,16 @@ def test_a_server_that_stays_away_ends_in_one_sentence_with_exit_code_5(spoiled,
     ) as e:
         store.find_finished("k")
     assert e.value.exit_code == 5 and "\n" not in str(e.value)
+
+
+def test_a_failure_that_cannot_be_written_down_is_not_waited_for_again(spoiled, monkeypatch):
+    tracking, _ = spoiled
+    monkeypatch.setenv("SLIMLINE_PARENT_RUN", "0" * 32)
+    monkeypatch.setenv("SLIMLINE_RETRY_SECONDS", "86400")  # this test would last a day
+    monkeypatch.setattr(retry, "PROMPT_S", 0.1)
+    tracking.add(Fault("refuse", ".", times=ENDLESS))
+    attempt.note("train.finetune", "StoreError", "the store is away")
+    assert tracking.faults[0].times < ENDLESS and retry.limit_s() == 86400
 
 
 def test_a_server_that_goes_away_in_the_middle_and_stays_costs_no_finished_work(spoiled, tmp_path, monkeypatch):
