@@ -23,7 +23,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
-import urllib3
 
 from slimline import recipe
 from slimline.errors import ConfigError, SlimlineError, StoreError
@@ -39,8 +38,8 @@ LAST = "finish"
 """The step that runs however the others ended."""
 PASSED = ("AWS_", "MLFLOW_", "SLIMLINE_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "OMP_NUM_THREADS")
 LABEL = "slimline.launcher"
-PAUSE = 5.0
-"""Seconds between two looks at what a step has written."""
+POLL_S, LOOK_S = 0.25, 2.0
+"""How often a container is asked whether it has ended, and what it has written."""
 PLACEHOLDER = re.compile(r"\{\{\$\.inputs\.parameters\['(.+)'\]\}\}")
 
 
@@ -145,10 +144,9 @@ class Containers:
         self.container.start()
         code, written = None, 0
         with self.log.open("ab", buffering=0) as handle:
-            while code is None:  # not followed: Podman loses its end, or waits forever for what has ended already
-                code = self._ended()
+            while code is None:
+                code = self._exit_code(LOOK_S)
                 written += handle.write(self.container.logs()[written:])
-        self.container.reload()
         if self.container.attrs["State"].get("OOMKilled") or (code == 137 and limit):
             asked = f"the {limit} that the pipeline asks for it" if limit else "this machine has"
             raise StoreError(
@@ -159,16 +157,20 @@ class Containers:
             raise StoreError(f"step {step} ended well but left no {', '.join(lost)}. The log is {self.log}.")
         return code
 
-    def _ended(self) -> int | None:
-        """The exit code, or nothing if the step still runs after a pause."""
-        try:
-            return int(self.container.wait(timeout=PAUSE)["StatusCode"])
-        except requests.exceptions.ConnectionError as error:  # Docker sends its header first, so the body is late
-            if not isinstance(error.args[0], urllib3.exceptions.ReadTimeoutError):
-                raise
-        except requests.exceptions.ReadTimeout:
-            pass
-        return None
+    def _exit_code(self, patience_s: float) -> int | None:
+        """The exit code, or nothing if the step still runs after so long.
+
+        Asked for again and again: Podman (4.3) burns a core for whoever waits, and a log that is followed may lose its
+        end, or never end where the container has already.
+        """
+        deadline = time.monotonic() + patience_s
+        while True:
+            self.container.reload()
+            if self.container.status in ("exited", "stopped", "dead"):
+                return int(self.container.attrs["State"]["ExitCode"])
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(POLL_S)
 
     def _places(self, scratch: Path, volumes: dict[str, Any]) -> dict[str, Any]:
         """What the step sees of this machine: its store, its scratch and, read-only, what the recipe names."""
@@ -200,7 +202,7 @@ class Containers:
             if self.container.status == "running":
                 with contextlib.suppress(Exception):  # it may have ended by itself meanwhile
                     self.container.exec_run(["sh", "-c", "kill -TERM -1"])  # the first process is kfp's shell: it waits
-                    self.container.wait(timeout=20)
+                    self._exit_code(20)
             self.container.remove(force=True, v=True)
         self.container = None
 
