@@ -55,6 +55,9 @@ images: ## Build the images that steps run in, with Docker or Podman
 test-containers: $(VENV)/dev.stamp ## Test the images and whole runs in containers (make images first)
 	$(BIN)/python -m pytest tests/containers $(TESTS)
 
+test-vllm: build/vllm.stamp ## Test that vLLM reads what we write, on the processor
+	$(BIN)/python -m pytest tests/vllm $(TESTS)
+
 lint: $(VENV)/dev.stamp ## Check style, types and which module may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -108,4 +111,9 @@ build/checkov.stamp: $(VENV)/dev.stamp requirements/checkov.txt
 	build/checkov/bin/python -m pip install -q --no-deps --require-hashes -r requirements/checkov.txt
 	@touch $@
 
-.PHONY: help run run-llm test coverage images test-containers lint lint-infra ui compile lock benchmarks gpu-check clean
+# Nor can vLLM, which wants an older transformers, live with us.
+build/vllm.stamp: $(VENV)/dev.stamp requirements/vllm.txt
+	VENV=build/vllm requirements/install.sh vllm
+	@touch $@
+
+.PHONY: help run run-llm test coverage images test-containers test-vllm lint lint-infra ui compile lock benchmarks gpu-check clean

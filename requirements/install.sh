@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make a virtual environment and install what is locked: every file is checked against its hash (docs/adr/0003-lock.md).
-# Usage: requirements/install.sh run|dev.  Settings: VENV, PYTHON, TORCH (auto, cpu, cuda), TORCH_INDEX.
+# Usage: requirements/install.sh run|dev|vllm.  Settings: VENV, PYTHON, TORCH (auto, cpu, cuda), TORCH_INDEX.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv} torch=${TORCH:-auto}
@@ -42,8 +42,7 @@ fast() {
         { say "uv could not; pip takes over (about a minute)."; locked "$@"; }
 }
 
-install_cpu() {
-    fast -r requirements/cpu.txt
+torch_cpu() {
     # First pip's own settings (a folder, a company's mirror), then PyTorch's index, unless an index was asked for.
     { [ -z "${TORCH_INDEX:-}" ] && locked --retries 1 -r requirements/torch-cpu.txt 2>/dev/null; } ||
         locked --extra-index-url "$index" -r requirements/torch-cpu.txt
@@ -56,7 +55,7 @@ install_run() {
         torch=cpu
         if nvidia-smi -L 2>/dev/null | grep -q GPU; then torch=cuda; fi
     fi
-    if [ "$torch" = cpu ] && ! install_cpu; then
+    if [ "$torch" = cpu ] && ! { fast -r requirements/cpu.txt && torch_cpu; }; then
         say "No CPU build of torch within reach: not in pip's settings, not at $index (set TORCH_INDEX)." \
             "Taking the CUDA build from PyPI instead: it works without a GPU too, and is a download of 3 GB."
         pip uninstall -q -y onnxruntime
@@ -70,5 +69,10 @@ install_run() {
 case $1 in
     run) install_run ;;
     dev) fast -r requirements/dev.txt ;;
-    *) say "usage: requirements/install.sh run|dev"; exit 2 ;;
+    vllm)
+        locked -r requirements/installer.txt
+        fast -r requirements/vllm.txt
+        torch_cpu
+        ;;
+    *) say "usage: requirements/install.sh run|dev|vllm"; exit 2 ;;
 esac

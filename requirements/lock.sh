@@ -25,5 +25,6 @@ resolve pyproject.toml requirements/needs.in requirements/step.in --extra llm \
 resolve requirements/mlflow.in -c requirements/run.txt -o requirements/mlflow.txt
 resolve requirements/sbom.in -o requirements/sbom.txt
 resolve requirements/checkov.in -o requirements/checkov.txt
+resolve requirements/vllm.in --excludes requirements/vllm-excluded.txt -o requirements/vllm.txt
 resolve --group dev --excludes requirements/dev-excluded.txt -c requirements/run.txt -c requirements/cuda.txt \
     -o requirements/dev.txt

@@ -215,9 +215,9 @@ def _telling(step: str) -> Iterator[None]:
     again = "Run the same command again: finished steps are reused."
     try:
         yield
-    except docker.errors.NotFound:
-        raise StoreError(f"the container of step {step} was removed by somebody while it ran. {again}") from None
     except docker.errors.APIError as error:
+        if "no such container" in str(error).lower():  # 404 of Docker's, 500 of Podman's
+            raise StoreError(f"the container of step {step} was removed by somebody while it ran. {again}") from None
         raise StoreError(f"the container of step {step} did not start: {error.explanation}.") from None
     except requests.exceptions.RequestException as error:
         raise StoreError(f"the container engine no longer answers, at step {step} ({error}). {again}") from None
