@@ -3,7 +3,8 @@
     PYTHON benchmarks/llamacpp.py windows.json model.gguf [more.gguf ...] [--quantize q4_0 q8_0] [--threads 1]
 
 PYTHON is one that has llama-cpp-python and numpy, in an environment of its own: slimline is not needed. `windows.json`
-is a list of lists of token ids, so that every runtime is asked about the very same tokens. With --quantize each model
+has the tokens of every window (ids), the positions that are scored (at) and the token behind each (target), so that
+every runtime is asked about the very same. With --quantize each model
 is first quantized by llama.cpp itself, into files beside windows.json.
 
 Built for this machine's processor: CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python. On one Xeon that build
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+Window = dict[str, list[int]]
+
 
 def main() -> None:
     asked = arguments()
@@ -35,7 +38,7 @@ def main() -> None:
     found = {str(model): {"size_bytes": model.stat().st_size} for model in models}
     for model, numbers in timings(models, windows, asked).items():
         found[str(model)] |= numbers
-    for model in models if asked.scored else []:
+    for model in models if asked.scored != 0 else []:
         print(f"scoring {model.name}", file=sys.stderr)
         found[str(model)] |= score(model, windows[: asked.scored], asked)
     about = {
@@ -47,12 +50,12 @@ def main() -> None:
         "cache": asked.cache,
         "repeats": asked.repeats,
     }
-    print(json.dumps({**about, "models": found}, indent=2))
+    print(json.dumps({**about, "models": {Path(model).name: numbers for model, numbers in found.items()}}, indent=2))
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("windows", type=Path, help="JSON: lists of token ids, each scored by itself")
+    parser.add_argument("windows", type=Path, help="JSON: a list of windows, each scored by itself")
     parser.add_argument("models", type=Path, nargs="+", help="GGUF files")
     parser.add_argument(
         "--quantize", nargs="*", default=[], help="and what llama.cpp makes of each: q4_0, q8_0, q4_k_m"
@@ -61,7 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prefill", type=int, default=512, help="tokens read at once")
     parser.add_argument("--decode", type=int, default=128, help="tokens read one by one, as when generating")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--scored", type=int, default=20, help="windows that perplexity is measured on; 0: none")
+    parser.add_argument("--scored", type=int, help="windows that perplexity is measured on; 0 for none")
     parser.add_argument("--cache", choices=("f16", "f32"), default="f16", help="what keys and values are kept in")
     parser.add_argument("--logits", type=Path, help="a folder for the first window's logits, MODEL.npy [tokens, words]")
     return parser.parse_args()
@@ -79,9 +82,11 @@ def quantize(model: Path, kind: str, folder: Path) -> Path:
     return out
 
 
-def timings(models: list[Path], windows: list[list[int]], asked: argparse.Namespace) -> dict[Path, dict[str, object]]:
+def timings(
+    models: list[Path], windows: list[dict[str, list[int]]], asked: argparse.Namespace
+) -> dict[Path, dict[str, object]]:
     """Median tokens per second of reading at once and of one by one, and every repeat's."""
-    whole = [token for window in windows for token in window]
+    whole = [token for window in windows for token in window["ids"]]
     while len(whole) < asked.prefill + asked.decode:
         whole += whole
     running = {model: load(model, asked.prefill + asked.decode, asked) for model in models}
@@ -116,21 +121,20 @@ def load(model: Path, context: int, asked: argparse.Namespace, every_logit: bool
     )  # fmt: skip
 
 
-def score(model: Path, windows: list[list[int]], asked: argparse.Namespace) -> dict[str, object]:
-    """Perplexity over the windows, and each one's sum of negative logarithms; its first token is given, not guessed."""
-    llama = load(model, max(map(len, windows)), asked, every_logit=True)
+def score(model: Path, windows: list[Window], asked: argparse.Namespace) -> dict[str, object]:
+    """Perplexity over the windows' scored tokens, and each window's sum of negative logarithms."""
+    llama = load(model, max(len(window["ids"]) for window in windows), asked, every_logit=True)
     losses = []
     for number, window in enumerate(windows):
         llama.reset()
-        llama.eval(window)
-        scores_TW = np.array(llama.scores[: len(window)], dtype=np.float64)
+        llama.eval(window["ids"])
+        scores_SW = np.array(llama.scores[window["at"]], dtype=np.float64)
         if asked.logits and not number:
-            np.save(asked.logits / f"{model.stem}.npy", scores_TW.astype(np.float32))
-        top_T = scores_TW.max(axis=1)
-        sums_T = top_T + np.log(np.exp(scores_TW - top_T[:, None]).sum(axis=1))
-        told = scores_TW[np.arange(len(window) - 1), window[1:]]
-        losses.append(float((sums_T[:-1] - told).sum()))
-    tokens = sum(len(window) - 1 for window in windows)
+            np.save(asked.logits / f"{model.stem}.npy", scores_SW.astype(np.float32))
+        top_S = scores_SW.max(axis=1)
+        sums_S = top_S + np.log(np.exp(scores_SW - top_S[:, None]).sum(axis=1))
+        losses.append(float((sums_S - scores_SW[np.arange(len(top_S)), window["target"]]).sum()))
+    tokens = sum(len(window["at"]) for window in windows)
     return {"perplexity": math.exp(sum(losses) / tokens), "tokens_scored": tokens, "nll": losses}
 
 

@@ -1,4 +1,4 @@
-"""What vLLM thinks of every next token: `answer.py FOLDER < ids`, in its own Python, for it wants an older transformers.
+"""What vLLM thinks of every next token: `answer.py FOLDER < ids`, in its own Python, for it wants older transformers.
 
 Reads lists of token ids as JSON, and writes the logarithm of the probability of each but the first.
 """
