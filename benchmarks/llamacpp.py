@@ -35,12 +35,12 @@ def main() -> None:
         *asked.models,
         *(quantize(m, kind, asked.windows.parent) for m in asked.models for kind in asked.quantize),
     ]
-    found = {str(model): {"size_bytes": model.stat().st_size} for model in models}
+    found = {model.name: {"size_bytes": model.stat().st_size} for model in models}
     for model, numbers in timings(models, windows, asked).items():
-        found[str(model)] |= numbers
+        found[model.name] |= numbers
     for model in models if asked.scored != 0 else []:
         print(f"scoring {model.name}", file=sys.stderr)
-        found[str(model)] |= score(model, windows[: asked.scored], asked)
+        found[model.name] |= score(model, windows[: asked.scored], asked)
     about = {
         "llama_cpp_python": llama_cpp.__version__,
         "system": llama_cpp.llama_print_system_info().decode().strip(" |"),
@@ -50,7 +50,7 @@ def main() -> None:
         "cache": asked.cache,
         "repeats": asked.repeats,
     }
-    print(json.dumps({**about, "models": {Path(model).name: numbers for model, numbers in found.items()}}, indent=2))
+    print(json.dumps({**about, "models": found}, indent=2))
 
 
 def arguments() -> argparse.Namespace:
@@ -82,9 +82,7 @@ def quantize(model: Path, kind: str, folder: Path) -> Path:
     return out
 
 
-def timings(
-    models: list[Path], windows: list[dict[str, list[int]]], asked: argparse.Namespace
-) -> dict[Path, dict[str, object]]:
+def timings(models: list[Path], windows: list[Window], asked: argparse.Namespace) -> dict[Path, dict[str, object]]:
     """Median tokens per second of reading at once and of one by one, and every repeat's."""
     whole = [token for window in windows for token in window["ids"]]
     while len(whole) < asked.prefill + asked.decode:

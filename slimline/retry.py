@@ -32,14 +32,14 @@ def limit_s() -> float:
     """For how long a call is tried again. Raises ConfigError if SLIMLINE_RETRY_SECONDS is no such number."""
     given = os.environ.get("SLIMLINE_RETRY_SECONDS", "")
     if not given:
-        return min(STEP_S if patient() else PROMPT_S, _most_s.get())
+        return STEP_S if patient() else PROMPT_S
     try:
         seconds = float(given)
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds <= 86_400:
         raise ConfigError(f"SLIMLINE_RETRY_SECONDS is {given!r}. Give seconds from 0 to 86400.")
-    return min(seconds, _most_s.get())
+    return seconds
 
 
 @contextlib.contextmanager
@@ -62,7 +62,7 @@ def again(call: Callable[[], T], passing: Callable[[Exception], str], where: str
 
     Raises the error that does not go by as it is, and StoreError when the limit is reached.
     """
-    limit, first, pause = limit_s(), 0.0, 0.25
+    limit, first, pause = min(limit_s(), _most_s.get()), 0.0, 0.25
     while True:
         try:
             return call()
