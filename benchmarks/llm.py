@@ -29,8 +29,10 @@ Steps = list[tuple[str, dict[str, Any]]]
 W4 = {"bits": 4, "group_size": 64}
 METHODS: dict[str, Steps] = {
     "fp32": [],
+    "bf16, PyTorch": [("fetch.gguf", {"dtype": "bfloat16"})],
     "int8 rtn": [("quantize.rtn", {"bits": 8, "group_size": 64})],
     "int8 rtn, float activations": [("quantize.rtn", {"bits": 8, "group_size": 64})],
+    "int8 smoothquant": [("quantize.smoothquant", {})],
     "int4 rtn, whole range": [("quantize.rtn", {**W4, "search": False})],
     "int4 rtn, searched": [("quantize.rtn", W4)],
     "int4 rtn, zero points": [("quantize.rtn", {**W4, "symmetric": False, "search": False})],
@@ -38,14 +40,20 @@ METHODS: dict[str, Steps] = {
     "int4 gptq": [("quantize.gptq", W4)],
     "int4 gptq, zero points": [("quantize.gptq", {**W4, "symmetric": False})],
     "int4 gptq, zero points, float activations": [("quantize.gptq", {**W4, "symmetric": False})],
+    "int4 gptq, zero points, 4-bit head": [("quantize.gptq", {**W4, "symmetric": False})],
     "int4 round": [("quantize.round", W4)],
     "int4 round, zero points": [("quantize.round", {**W4, "symmetric": False})],
     "int4 rotate + gptq, zero points": [("quantize.rotate", {}), ("quantize.gptq", {**W4, "symmetric": False})],
     "int4/8 mixed, 4.5 bits on average": [("quantize.mixed", {"bits": 4.5, "group_size": 64, "symmetric": False})],
 }
-"""By what a row is called: what is done to the floats before they are exported."""
-TIMED = ("fp32", "int8 rtn", "int4 rtn, searched")
+"""By what a row is called: what is done to the floats before they are exported, or how they are brought in."""
+TIMED = ("fp32", "int8 rtn", "int8 smoothquant", "int4 gptq, zero points", "int4 gptq, zero points, 4-bit head")
 """Of the rows: int4 of one group size is one and the same graph, whatever its numbers."""
+EXPORTS: dict[str, dict[str, Any]] = {
+    "float activations": {"accuracy_level": 1},
+    "4-bit head": {"head_bits": 4, "kl": 0.1},
+}
+"""What the end of a row's name says of how it is exported."""
 
 
 SPEED = "speed"
@@ -111,12 +119,13 @@ def slug(name: str) -> str:
 def build(work: Path, base: Path, name: str) -> tuple[Path, float]:
     """The exported package of one row, and the seconds that its quantization took."""
     folder = base
+    plain, _, ending = name.rpartition(", ")
+    plain = plain if ending in EXPORTS else name
     for i, (technique, options) in enumerate(METHODS[name]):
-        plain = slug(name.removesuffix(", float activations"))
-        folder = made(work / f"{plain}-{i}", folder, technique, options)
-    options = {"head_bits": 0 if name == "fp32" else 8}
-    options |= {"accuracy_level": 1} if name.endswith("float activations") else {}
-    package = made(work / f"{slug(name)}-genai", folder, "export.genai", options)
+        source = Path(SOURCE) if technique == "fetch.gguf" else folder
+        folder = made(work / f"{slug(plain)}-{i}", source, technique, options)
+    options = {"head_bits": 0 if name == "fp32" else 8, **EXPORTS.get(ending, {})}
+    package = folder if ending == "PyTorch" else made(work / f"{slug(name)}-genai", folder, "export.genai", options)
     stages = [s for s in artifact.read(package).history if s.technique.startswith("quantize.")]
     return package, sum(stage.seconds for stage in stages)
 
@@ -185,7 +194,7 @@ def page(found: dict[str, Any]) -> str:
         f"`python -m benchmarks.llm`. Perplexity and divergence on {base['documents']:.0f} newspaper documents that "
         f"nothing was calibrated or chosen on ({base['tokens']:.0f} tokens, each document by itself, 512-token "
         "windows), by the exported package that is served: int4 and int8 rows have embedding and head in 8 bits "
-        "and, unless they say otherwise, int8 activations. All 4-bit rows are in groups of 64: the download sits on a "
+        "and int8 activations, in blocks or, for smoothquant, with a scale a token, unless they say otherwise. All 4-bit rows are in groups of 64: the download sits on a "
         "grid of 4 bits in blocks of 32.",
         "",
         f"Machine: {machine}.",

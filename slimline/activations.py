@@ -69,6 +69,12 @@ def asked(settings: dict[str, Any], name: str, where: str) -> tuple[str, bool] |
     return None
 
 
+def kinds(settings: dict[str, Any]) -> set[str]:
+    """What a `quantization_config` asks inputs to be rounded to, anywhere: int, float, both or nothing."""
+    groups = (settings.get("config_groups") or {}).values()
+    return {str(group["input_activations"].get("type")) for group in groups if group.get("input_activations")}
+
+
 def _targets(target: str, name: str) -> bool:
     return target in ("Linear", name) or (target.startswith("re:") and re.match(target[3:], name) is not None)
 

@@ -16,10 +16,11 @@ Shapes: B = texts, T = tokens of each, V = vocabulary.
 from __future__ import annotations
 
 import json
+import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +211,28 @@ def device(package: Path) -> str:
     return "cuda" if any("cuda" in provider for provider in inside.get("provider_options", [])) else "cpu"
 
 
+KEPT = "logits_to_keep"
+"""The input of a package's graph, int64 [1], that says behind how many of the last tokens logits are asked for: 0 for
+all; without it, 1 (as in transformers)."""
 CACHED = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 """What keys and values are kept as, by what ONNX Runtime calls it."""
+
+
+def exact_products(machine: str, cpuinfo: str) -> dict[str, str]:
+    """ONNX Runtime's session entries for a processor, by its name and /proc/cpuinfo.
+
+    On x86 without VNNI its quickest product of int8 with int8 overflows; the entry takes the next quickest, which on
+    other processors would take twice as long for nothing.
+    """
+    flags = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "").split()
+    safe = machine not in ("x86_64", "AMD64") or {"avx512_vnni", "avx_vnni"} & set(flags)
+    return {} if safe else {"session.x64quantprecision": "1"}
+
+
+@cache
+def _entries() -> dict[str, str]:
+    file = Path("/proc/cpuinfo")
+    return exact_products(platform.machine(), file.read_text(encoding="utf-8") if file.is_file() else "")
 
 
 class Graph:
@@ -224,6 +245,8 @@ class Graph:
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 4
         options.enable_mem_pattern = False  # it plans for one length, and every text has another
+        for key, value in _entries().items():
+            options.add_session_config_entry(key, value)
         providers = ["CUDAExecutionProvider"] if device(package) == "cuda" else ["CPUExecutionProvider"]
         values = json.loads((package / GENAI).read_text(encoding="utf-8"))
         self.head_width = int(values["model"]["decoder"]["head_size"])
@@ -231,6 +254,7 @@ class Graph:
             self.session = onnxruntime.InferenceSession(str(package / name), options, providers=providers)
         except Exception as error:  # ONNX Runtime has a dozen unrelated classes for this
             raise ModelError(f"{package} does not load: {_line(error)}. Export it again.") from None
+        self.overridable = {node.name for node in self.session.get_overridable_initializers()}
 
     def logits(self, ids_BT: Any, past: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
         """float32 [B, T, V] behind each token, and keys and values of all tokens so far, to go on with."""
@@ -245,7 +269,8 @@ class Graph:
                 none = np.zeros((len(ids_BT), node.shape[1], 0, self.head_width), dtype=kind)
                 given[node.name] = past[node.name] if past else none
         names = [node.name for node in self.session.get_outputs()]
-        inputs = {node.name: given[node.name] for node in self.session.get_inputs()}
+        kept = {KEPT: np.array([0])} if KEPT in self.overridable else {}
+        inputs = {node.name: given[node.name] for node in self.session.get_inputs()} | kept
         try:
             found = dict(zip(names, self.session.run(names, inputs)))
         except Exception as error:
@@ -272,10 +297,10 @@ class GenaiLanguageModel(LanguageModel):
         """The package in ONNX Runtime GenAI."""
         import onnxruntime_genai
 
-        threads = {"intra_op_num_threads": self.threads} if self.threads else {}
+        entries: dict[str, Any] = {**_entries(), **({"intra_op_num_threads": self.threads} if self.threads else {})}
         try:
             config = onnxruntime_genai.Config(str(self.folder))
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": entries}}}))
             return onnxruntime_genai.Model(config)
         except Exception as error:  # a dozen unrelated classes, as of ONNX Runtime
             raise ModelError(f"{self.folder} does not load: {_line(error)}. Export it again.") from None

@@ -1,6 +1,7 @@
 """Packages for ONNX Runtime GenAI: the source's very integers, and the source's answers."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from slimline import artifact, decoder, grid, keys_values, language, layerwise, 
 from slimline.errors import ConfigError, ModelError
 from slimline.export import genai
 from slimline.packed import Integers, Scheme
-from slimline.quantize import kv_cache
+from slimline.quantize import fp8_w8a8, kv_cache, smoothquant
 from slimline.sampling import Sampling
 from slimline.shards import Weights
 from tests.decoders import make_decoder, make_documents, seal_decoder
@@ -118,6 +119,57 @@ def test_a_tied_table_is_there_once(package):
     assert tables == ["lm_head.MatMul.weight_Q8"]
     lookup = next(n for n in model.graph.node if n.op_type == "GatherBlockQuantized")
     assert lookup.input[2] == "lm_head.MatMul.weight_scales"
+
+
+def test_a_head_of_four_bits_is_a_table_of_its_own_and_loses_less_than_the_nearest(floats, package, place, documents):
+    import torch
+
+    folder, metrics = export(floats, place / "head", data=documents, head_bits=4, kl=1)
+    model, _ = tensors(folder)
+    node = next(n for n in model.graph.node if n.name == "/lm_head/MatMul")
+    assert {a.name: a.i for a in node.attribute}["bits"] == 4 and len(node.input) == 4
+    lookup = next(n for n in model.graph.node if n.op_type == "GatherBlockQuantized")
+    assert {a.name: a.i for a in lookup.attribute}["bits"] == 8
+    whole, plain = decoder.load(floats), decoder.load(floats)
+    weight = whole.lm_head.weight.detach()
+    scale, zero = grid.fit(weight, Scheme(4, 64 if weight.shape[1] % 64 == 0 else 32, symmetric=False))
+    whole.lm_head.weight = torch.nn.Parameter(Integers(grid.nearest(weight, scale, zero, 4), scale, zero).floats())
+    asked = genai.prompts(floats, Path(documents))
+    nearest = genai.difference(genai._logits(plain, asked), genai._logits(whole, asked)).kl_mean
+    assert metrics["head_bits"] == 4 and metrics["kl_mean"] < nearest
+
+
+def test_the_head_answers_for_the_last_token_unless_asked_for_more(float_package):
+    graph = language.Graph(float_package[0], threads=1)
+    given = {"input_ids": np.array([[3, 4, 5]]), "attention_mask": np.ones((1, 3), dtype=np.int64)}
+    for node in graph.session.get_inputs():
+        empty = np.zeros((1, node.shape[1] if len(node.shape) == 4 else 0, 0, graph.head_width), np.float32)
+        given.setdefault(node.name, np.arange(3)[None] if node.name == "position_ids" else empty)
+    every = graph.logits([[3, 4, 5]])[0]
+    for kept, expected in ((None, every[:, -1:]), (0, every), (2, every[:, -2:])):
+        more = {} if kept is None else {language.KEPT: np.array([kept])}
+        np.testing.assert_array_equal(graph.session.run(["logits"], given | more)[0], expected)
+    assert every.shape[1] == 3
+
+
+def test_a_package_from_before_the_head_was_given_one_token_answers_still(float_package, tmp_path):
+    import onnx
+
+    old = tmp_path / "old"
+    shutil.copytree(float_package[0], old)
+    model = onnx.load(str(old / "model.onnx"), load_external_data=False)
+    head = next(n for n in model.graph.node if n.name == "/lm_head/MatMul")
+    head.input[0] = next(n for n in model.graph.node if n.name == "/lm_head/MatMul/Slice").input[0]
+    model.graph.input.remove(next(i for i in model.graph.input if i.name == language.KEPT))
+    model.graph.initializer.remove(next(i for i in model.graph.initializer if i.name == language.KEPT))
+    unused = [n for n in model.graph.node if n.name in ("/lm_head/MatMul/Slice", "/lm_head/MatMul/Neg")]
+    for node in unused:
+        model.graph.node.remove(node)
+    onnx.save(model, str(old / "model.onnx"))
+    ids = [[3, 4, 5]]
+    np.testing.assert_array_equal(
+        language.Graph(old, 1).logits(ids)[0], language.Graph(float_package[0], 1).logits(ids)[0]
+    )
 
 
 def test_floats_come_out_as_floats_and_write_what_pytorch_writes(float_package, floats):
@@ -262,3 +314,71 @@ def test_keys_and_values_of_fp8_are_refused_with_what_to_do_instead(place, float
     kv_cache.run(floats, tmp_path / "fp8", kv_cache.Config(data=documents, windows=4, length=16))
     with pytest.raises(ModelError, match=r"on cpu knows nothing\. On cpu .* form=int8"):
         export(tmp_path / "fp8", tmp_path / "out", data=documents)
+
+
+def smooth(floats, out, documents, **options):
+    out.mkdir()
+    smoothquant.run(floats, out, smoothquant.Config(data=documents, windows=4, length=16, **options))
+    return seal_decoder(out)
+
+
+@pytest.mark.parametrize("scales", ["dynamic", "static"])
+def test_inputs_of_int8_are_multiplied_as_int8_and_say_what_the_source_says(scales, floats, documents, tmp_path):
+    source = smooth(floats, tmp_path / "source", documents, activations=scales)
+    folder, metrics = export(source, tmp_path / "package", data=documents, head_bits=0)
+    model, found = tensors(folder)
+    products = [n for n in model.graph.node if n.op_type == "MatMulIntegerToFloat"]
+    assert len(products) == 10 and not [n for n in model.graph.node if n.op_type in ("MatMul", "MatMulNBits")][1:]
+    assert all(found[n.input[1]].dtype == np.int8 for n in products)
+    rounders = [n for n in model.graph.node if n.op_type == "QuantizeLinear"]
+    assert len(rounders) == 8  # of a layer: once for queries, keys and values, and once for gate and up
+    if scales == "static":
+        assert metrics["parity_max_abs"] < 1e-5  # a token's largest input lies between two numbers, a fixed scale's not
+    ids = [[3, 4, 5, 6, 7, 8, 9]]
+    here, there = language.load(folder, 1).logits(ids)[0], language.load(source, 1).logits(ids)[0]
+    assert genai.difference([there], [here]).kl_mean < 1e-3
+
+
+def test_a_token_of_zeros_has_a_scale(floats, documents, tmp_path):
+    """An embedding of zeros: the norm leaves them, and nothing divides by them."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source = smooth(floats, tmp_path / "source", documents)
+    for file in source.glob("*.safetensors"):
+        weights = load_file(file)
+        if (name := "model.embed_tokens.weight") in weights:
+            weights[name] = torch.cat((torch.zeros(1, weights[name].shape[1]), weights[name][1:]))
+            save_file(weights, file, {"format": "pt"})
+    (source / artifact.MANIFEST).unlink()
+    folder, _ = export(seal_decoder(source), tmp_path / "package", data=documents, head_bits=0)
+    assert np.isfinite(language.load(folder, 1).logits([[0, 0, 5]])).all()
+
+
+def test_inputs_that_two_maps_round_differently_are_refused(floats, documents, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = smooth(floats, tmp_path / "source", documents, activations="static")
+    file = next(f for f in source.glob("*.safetensors") if "model.layers.1.mlp.up_proj.input_scale" in load_file(f))
+    weights = load_file(file)
+    weights["model.layers.1.mlp.up_proj.input_scale"] *= 2
+    save_file(weights, file, {"format": "pt"})
+    (source / artifact.MANIFEST).unlink()
+    with pytest.raises(ModelError, match="inputs that are rounded in several ways"):
+        export(seal_decoder(source), tmp_path / "out", data=documents)
+
+
+def test_inputs_that_onnx_runtime_has_no_product_for_are_refused(floats, documents, tmp_path):
+    (tmp_path / "fp8").mkdir()
+    fp8_w8a8.run(floats, tmp_path / "fp8", fp8_w8a8.Config())
+    with pytest.raises(ModelError, match="to float of 8 bits, which ONNX Runtime on cpu has no product for"):
+        export(seal_decoder(tmp_path / "fp8"), tmp_path / "out", data=documents)
+    source = smooth(floats, tmp_path / "int8", documents)
+    with pytest.raises(ModelError, match="to int of 8 bits, which ONNX Runtime on cuda has no product for"):
+        export(source, tmp_path / "cuda", data=documents, device="cuda")
+
+
+def test_only_processors_whose_products_overflow_take_the_slower_ones():
+    with_vnni = "processor : 0\nflags : fpu avx2 avx512f avx512_vnni"
+    assert language.exact_products("x86_64", with_vnni) == language.exact_products("aarch64", "") == {}
+    assert language.exact_products("x86_64", "flags : fpu avx2") == {"session.x64quantprecision": "1"}
