@@ -193,9 +193,9 @@ def page(found: dict[str, Any]) -> str:
         "",
         f"`python -m benchmarks.llm`. Perplexity and divergence on {base['documents']:.0f} newspaper documents that "
         f"nothing was calibrated or chosen on ({base['tokens']:.0f} tokens, each document by itself, 512-token "
-        "windows), by the exported package that is served: int4 and int8 rows have embedding and head in 8 bits "
-        "and int8 activations, in blocks or, for smoothquant, with a scale a token, unless they say otherwise. All 4-bit rows are in groups of 64: the download sits on a "
-        "grid of 4 bits in blocks of 32.",
+        "windows), by the exported package that is served. Unless a row says otherwise, int4 and int8 have embedding "
+        "and head in 8 bits and int8 activations: in blocks, or for smoothquant with a scale a token. All 4-bit rows "
+        "are in groups of 64: the download sits on a grid of 4 bits in blocks of 32.",
         "",
         f"Machine: {machine}.",
         "",

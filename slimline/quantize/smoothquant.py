@@ -5,7 +5,7 @@ hold them hold nothing else well. Divide such a channel in the norm before it an
 the answer is the same while both are easy to round: s = max|x|^strength / max|w|^(1 - strength) for each channel (Xiao
 et al., 2022, arXiv 2211.10438). Besides norms, factors go into values (one for all queries that share them) and into
 the ungated half of a gated feed-forward part. Weights get a scale for each output; activations one for each token,
-found while running (dynamic), or one for each map (static). The result is a folder for vLLM (int-quantized). Needs
+found while running (dynamic), or one for each map (static). vLLM and export.genai multiply them as they are. Needs
 calibration text, one layer of memory and its inputs.
 
 Shapes: W = width, H = query heads, G = heads of values, D = width of a head, O = outputs, I = inputs.
