@@ -109,7 +109,7 @@ def answers(
     import onnx
     import onnxruntime
 
-    watched = onnx.ModelProto.FromString(model.SerializeToString())
+    watched = graph.copied(model)
     ends = {value.name for value in watched.graph.output}
     watched.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names if name not in ends
@@ -117,7 +117,7 @@ def answers(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.enable_mem_pattern = False  # every text has another length
-    session = onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = graph.session(watched, options)
     tokenizer = hf.tokenizer(source, hf.max_length(source))
     for text in track(data.documents(texts, "calibration").texts[:samples], "calibrating"):
         inputs = parity.feed(session, tokenizer.encode([text]))

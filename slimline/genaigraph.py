@@ -37,13 +37,8 @@ if TYPE_CHECKING:
     Choose = Callable[[torch.Tensor, Scheme], Integers]
     """(rows [R, W] of a table, how they are stored) -> the numbers that they become."""
 
-DATA = f"{graph.FILE}.data"
 ROWS = 8192
 """Rows of a table that are rounded at once."""
-INLINE_BYTES = 1024
-"""Tensors up to this size stay in the graph's own file."""
-PAGE_BYTES = 4096
-"""Where tensors begin in the file of weights, so that they can be mapped into memory."""
 TINY = 1e-30
 """The least scale of a token, so that one whose values are all 0 has one."""
 
@@ -190,7 +185,7 @@ class Rewriting:
         read = {name for node in model.graph.node for name in node.input}
         kept = [name for name in (*self.found, *self.new) if name in read]
         del model.graph.initializer[:]
-        with (out / DATA).open("wb") as file:
+        with (out / graph.DATA).open("wb") as file:
             for name in kept:
                 values = self.new[name] if name in self.new else self.array(name)
                 model.graph.initializer.append(_put(name, values, file))
@@ -370,13 +365,13 @@ def _put(name: str, values: Array, file: Any) -> onnx.TensorProto:
     import onnx
 
     tensor: onnx.TensorProto
-    if values.nbytes <= INLINE_BYTES:
+    if values.nbytes <= graph.INLINE_BYTES:
         tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(values), name)
         return tensor
     kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
-    file.write(b"\0" * (-file.tell() % PAGE_BYTES))
+    file.write(b"\0" * (-file.tell() % graph.PAGE_BYTES))
     tensor = onnx.TensorProto(name=name, dims=values.shape, data_type=kind, data_location=onnx.TensorProto.EXTERNAL)
-    for key, value in (("location", DATA), ("offset", file.tell()), ("length", values.nbytes)):
+    for key, value in (("location", graph.DATA), ("offset", file.tell()), ("length", values.nbytes)):
         tensor.external_data.add(key=key, value=str(value))
     values.tofile(file)
     return tensor

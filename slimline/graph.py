@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slimline.artifact import MANIFEST
 from slimline.errors import ModelError
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
     import onnx
 
 FILE = "model.onnx"
+DATA = f"{FILE}.data"
+"""Where the weights are that the file cannot hold."""
+LARGEST = 2**31 - 2**20
+"""Bytes of a file with everything inside: protobuf's limit, and some room."""
+INLINE_BYTES = 1024
+"""Tensors up to this size stay in the graph's own file."""
+PAGE_BYTES = 4096
+"""Where tensors begin in the file of weights, so that they can be mapped into memory."""
 QUANTIZED = frozenset(
     {
         "QAttention",
@@ -69,7 +78,7 @@ def read(file: Path) -> onnx.ModelProto:
 
 
 def write(model: onnx.ModelProto, file: Path) -> None:
-    """One file with the weights inside; equal graphs give equal bytes."""
+    """One file with the weights inside, or beside it where that would be too large; equal graphs give equal bytes."""
     import onnx
 
     model.doc_string, model.graph.doc_string, model.graph.name = "", "", "slimline"
@@ -78,12 +87,97 @@ def write(model: onnx.ModelProto, file: Path) -> None:
         node.doc_string = ""
         del node.metadata_props[:]
     del model.graph.value_info[:]  # inner shapes: stale after a rewrite, and the runtime infers them
+    _save(model, file)
     try:
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(str(file))
     except onnx.checker.ValidationError as error:
+        file.unlink()
         reason = " ".join(str(error).split())
         raise ModelError(f"the graph for {file.parent} is not valid ONNX: {reason} Export it again.") from None
-    file.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _save(model: onnx.ModelProto, file: Path) -> None:
+    if not too_large(model):
+        file.write_bytes(model.SerializeToString(deterministic=True))
+        return
+    with _light(model) as weights:
+        _write_beside(model, weights, file.parent / DATA)
+        file.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def too_large(model: onnx.ModelProto) -> bool:
+    """Whether a graph is more than one file, or one message between libraries, can hold."""
+    return int(model.ByteSize()) > LARGEST
+
+
+def converted(model: onnx.ModelProto, convert: Callable[[onnx.ModelProto], onnx.ModelProto]) -> onnx.ModelProto:
+    """What a library in C++ makes of a graph; of one that is too large for it without its large tensors' bytes."""
+    if not too_large(model):
+        return convert(model)
+    with _light(model) as weights:
+        made = convert(model)
+    _give_back(made, weights)
+    return made
+
+
+@contextmanager
+def _light(model: onnx.ModelProto) -> Iterator[dict[str, bytes]]:
+    """The bytes of the graph's large tensors by name, which it lacks meanwhile."""
+    weights = {t.name: t.raw_data for t in model.graph.initializer if len(t.raw_data) > INLINE_BYTES}
+    for tensor in model.graph.initializer:
+        if tensor.name in weights:
+            tensor.ClearField("raw_data")
+    try:
+        yield weights
+    finally:
+        _give_back(model, weights)
+
+
+def _give_back(model: onnx.ModelProto, weights: dict[str, bytes]) -> None:
+    for tensor in model.graph.initializer:
+        if tensor.name in weights:
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+            tensor.raw_data = weights[tensor.name]
+
+
+def _write_beside(model: onnx.ModelProto, weights: dict[str, bytes], file: Path) -> None:
+    with file.open("wb") as handle:
+        for tensor in (tensor for tensor in model.graph.initializer if tensor.name in weights):
+            handle.write(b"\0" * (-handle.tell() % PAGE_BYTES))
+            tensor.data_location = tensor.EXTERNAL
+            size = len(weights[tensor.name])
+            for key, value in (("location", file.name), ("offset", handle.tell()), ("length", size)):
+                tensor.external_data.add(key=key, value=str(value))
+            handle.write(weights[tensor.name])
+
+
+def session(model: Path | onnx.ModelProto, options: Any) -> Any:
+    """ONNX Runtime's session for a graph, or for one in a file, on the processor."""
+    import onnxruntime
+
+    providers = ["CPUExecutionProvider"]
+    if isinstance(model, Path):
+        return onnxruntime.InferenceSession(str(model), options, providers=providers)
+    if not too_large(model):
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
+    with tempfile.TemporaryDirectory() as place:  # what a session has opened it keeps
+        _save(model, Path(place) / FILE)
+        return onnxruntime.InferenceSession(str(Path(place) / FILE), options, providers=providers)
+
+
+def copied(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph again, to be changed."""
+    import onnx
+
+    twin = onnx.ModelProto()
+    twin.CopyFrom(model)
+    return twin
+
+
+def size_bytes(folder: Path) -> float:
+    """Of a folder's graph and the weights beside it."""
+    return float(sum((folder / name).stat().st_size for name in (FILE, DATA) if (folder / name).is_file()))
 
 
 def copy_rest(source: Path, out: Path) -> None:

@@ -94,8 +94,7 @@ def onnx_logits(model: Path | onnx.ModelProto, tokenizer: Encoder, texts: Sequen
     options.log_severity_level = 3
     # without VNNI the integer kernels that Q/DQ is fused into cut off large sums
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    source = str(model) if isinstance(model, Path) else model.SerializeToString()
-    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    session = graph.session(model, options)
     rows = []
     for start in range(0, len(texts), BATCH):
         inputs = feed(session, tokenizer.encode(texts[start : start + BATCH]))
@@ -209,5 +208,4 @@ def _difference(source: Path, candidate: Path | onnx.ModelProto, asked: Sequence
 
 
 def _sizes(source: Path, out: Path) -> Metrics:
-    before, after = (float((folder / graph.FILE).stat().st_size) for folder in (source, out))
-    return {"size_before_bytes": before, "size_bytes": after}
+    return {"size_before_bytes": graph.size_bytes(source), "size_bytes": graph.size_bytes(out)}

@@ -97,7 +97,7 @@ def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
     version = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     if version < OPSET:
         try:
-            model = version_converter.convert_version(model, OPSET)
+            model = graph.converted(model, lambda light: version_converter.convert_version(light, OPSET))
         except (RuntimeError, version_converter.ConvertError) as error:
             reason = str(error).strip().split("\n")[0].rpartition("failed: ")[2]  # before it, a line of C++
             raise ModelError(
@@ -284,9 +284,7 @@ def rounding_twin(model: onnx.ModelProto, kind: str) -> onnx.ModelProto:
 
     For types that no processor multiplies in: products are summed in float32, as on a GPU.
     """
-    import onnx
-
-    twin: onnx.ModelProto = onnx.ModelProto.FromString(model.SerializeToString())
+    twin = graph.copied(model)
     low, types = KINDS[kind].onnx, _types(model)
     for tensor in twin.graph.initializer:
         if tensor.data_type == low:

@@ -178,6 +178,35 @@ def test_what_the_exporter_cannot_is_one_sentence(tmp_path, documents, monkeypat
         export.run(source, tmp_path / "out", export.Config(data=str(documents)))
 
 
+@pytest.mark.skipif(engine.gpu() is not None, reason="builds ahead of time")
+def test_a_graph_that_one_file_cannot_hold_keeps_its_weights_beside_it(exported, documents, tmp_path, monkeypatch):
+    source, small, _ = exported("llama")
+    monkeypatch.setattr(graph, "LARGEST", 30_000)
+    place, options = {"small": small}, {"data": str(documents), "texts": 20}
+    steps = {
+        "export.onnx": (source, {"max_length": 64}),
+        "quantize.fp16": ("export.onnx", {"tolerance": 0.1}),
+        "quantize.bf16": ("export.onnx", {}),
+        "quantize.int8_static": ("export.onnx", {"agreement": 0.0, "kl": 1.0}),
+    }
+    for name, (before, more) in steps.items():
+        place[name] = tmp_path / name
+        step.run_on_folder(name, place.get(before, before), place[name], options | more, lambda event: None)
+        files = {path: file.size_bytes for path, file in artifact.read(place[name]).files.items()}
+        assert files[graph.FILE] < files[graph.DATA]
+        assert artifact.read(place[name]).history[-1].metrics["size_bytes"] == files[graph.FILE] + files[graph.DATA]
+    there, here = (onnx.load(str(place[name] / graph.FILE)) for name in ("small", "export.onnx"))
+    weights = [{t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer} for model in (there, here)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
+    pytest.importorskip("tensorrt_rtx")
+    config = tensorrt.Config(data=str(documents), max_batch=2, opt_batch=1, compute_capabilities=("8.9",))
+    tensorrt.run(place["quantize.fp16"], tmp_path / "engine", config)
+    assert engine.read(tmp_path / "engine").layers
+    with pytest.raises(ModelError, match="is too large for ONNX Runtime's quantizer"):
+        step.run_on_folder("quantize.int8_dynamic", place["export.onnx"], tmp_path / "no", options, lambda event: None)
+
+
 TYPED = {
     "fp16": ({"tolerance": 0.1}, "half", "half"),
     "int8_static": ({"agreement": 0.0, "kl": 1.0}, "int8", "half"),

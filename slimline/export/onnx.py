@@ -72,7 +72,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
         "one_token_nodes": float(one_token),
         "parity_max_abs": difference.max_abs,
         "parity_agreement": difference.agreement,
-        "size_bytes": float((out / graph.FILE).stat().st_size),
+        "size_bytes": graph.size_bytes(out),
     }
 
 
@@ -101,7 +101,7 @@ def run_decoder(source: Path, out: Path, config: Config) -> Metrics:
         "layers": float(len([o for o in traced.graph.output if o.name.endswith(".key")])),
         "parity_max_abs": difference.max_abs,
         "parity_agreement": difference.agreement,
-        "size_bytes": float((out / graph.FILE).stat().st_size),
+        "size_bytes": graph.size_bytes(out),
     }
 
 

@@ -377,7 +377,9 @@ def copy_rest(source: Path, out: Path, longest: int, stripped: bool) -> None:
     settings = hf.read_config(source) | {"slimline_max_length": longest}
     (out / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if stripped:
-        shutil.copyfile(source / graph.FILE, out / graph.FILE)
+        for name in (graph.FILE, graph.DATA):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, out / name)
 
 
 def activations(model: onnx.ModelProto) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from slimline import graph, parity
+from slimline.errors import ModelError
 from slimline.technique import Metrics
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
     """Write the quantized graph and the source's other files. Raises ModelError where it strays too far."""
     before = graph.read(source / graph.FILE)
     graph.require_floats(before, source)
+    if graph.too_large(before):
+        raise ModelError(f"{source} is too large for ONNX Runtime's quantizer: 2 GB at most. Use quantize.int8_static.")
     graph.copy_rest(source, out)
     with graph.quiet():
         after = quantize(before, out / graph.FILE, config)
