@@ -241,11 +241,11 @@ def _settings(source: Path, built: dict[str, Any]) -> dict[str, Any]:
 CACHE_KL = 5e-3
 """Nats between two runtimes with keys and values of int8. A float between two whole numbers may become either, and what
 follows from it moves others: SmolLM2 ends 0.0014 nats apart, where a model of two layers is exact to 3e-6."""
-TREMBLING = 1e-6
-"""How much an embedding moves to see how much answers do where inputs are int8: there such moves grow. SmolLM2's do to
-0.015 nats with a scale a token and to 0.07 with fixed ones; its graph is 0.017 and 0.23 nats away from it."""
-TREMBLES = 4
-"""So many times as far the graph may be, which is another runtime in every sum."""
+PERTURBATION = 1e-6
+"""Relative noise on the embedding, to see how far it moves a source with int8 inputs, where small differences grow.
+SmolLM2 moves by 0.015 nats with a scale a token, by 0.07 with fixed ones; its graph is 0.017 and 0.23 away from it."""
+PERTURBATIONS = 4
+"""So many times as far the graph may be: it is another runtime in every sum, not in the embedding alone."""
 LENGTHS = (1, 17, 48, 128)
 """Tokens of the prompts that are compared; the longest is also read in three parts, as a cache is filled."""
 
@@ -267,7 +267,7 @@ def guard(source: Path, out: Path, tables: dict[str, Array], config: Config) -> 
     near, cost = difference(twin, exact), difference(plain, served)
     settings = hf.read_config(source).get("quantization_config") or {}
     if keys_values.asked(settings, str(source)) or activations.kinds(settings):
-        most = max(CACHE_KL, TREMBLES * _trembling(source, asked) if activations.kinds(settings) else 0)
+        most = max(CACHE_KL, PERTURBATIONS * _perturbed(source, asked) if activations.kinds(settings) else 0)
         if not near.kl_mean <= most:
             raise ModelError(
                 f"the graph is {near.kl_mean:.3g} nats from its source, not at most {most:.3g}. {genaigraph.AGAIN}"
@@ -356,7 +356,7 @@ def _logits(model: Any, asked: list[list[int]]) -> list[Array]:
     return [*arrays, arrays[-1]]
 
 
-def _trembling(source: Path, asked: list[list[int]]) -> float:
+def _perturbed(source: Path, asked: list[list[int]]) -> float:
     """How far the source is from itself when its embedding is off by a millionth, in nats."""
     import torch
 
@@ -364,7 +364,7 @@ def _trembling(source: Path, asked: list[list[int]]) -> float:
     plain, embedding = _logits(model, asked), model.get_submodule(kind.embedding)
     weight: Any = embedding.weight
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
-    moved = weight * (1 + TREMBLING * noise)
+    moved = weight * (1 + PERTURBATION * noise)
     embedding.weight = torch.nn.Parameter(moved, requires_grad=False)  # a head that is tied stays as it was
     return difference(plain, _logits(model, asked)).kl_mean
 
