@@ -19,7 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from slimline import artifact, bench, language, scoring, step
+import numpy as np
+import onnx
+
+from slimline import artifact, bench, decoder, graph, language, scoring, step
 from slimline.scoring import ScoringConfig
 
 HERE = Path(__file__).parent
@@ -153,17 +156,37 @@ KEPT = (
 
 
 def speeds(work: Path, base: Path) -> dict[str, Any]:
-    """Prefill and decode of the timed packages and of PyTorch, interleaved, and the peak of a process that serves."""
-    packages = [build(work, base, name)[0] for name in TIMED]
+    """Prefill and decode of the timed packages and of others' ways, interleaved; the peak of a process that serves."""
+    packages = {name: build(work, base, name)[0] for name in TIMED}
+    plain = {BUILDERS: every_token(packages["fp32"], work / "fp32-every-token"), "fp32, PyTorch": base}
+    timed = {"fp32": packages.pop("fp32"), **plain, **packages}
+    *against, last = timed.values()
     out = work / "generation"
     shutil.rmtree(out, ignore_errors=True)
-    options = {"against": [str(packages[0]), *map(str, packages[1:-1]), str(base)], "threads": 2}
-    made(out, packages[-1], "evaluate.generation", options)
+    made(out, last, "evaluate.generation", {"against": [str(path) for path in against], "threads": 2})
     measured: dict[str, Any] = json.loads((out / "latency.json").read_text(encoding="utf-8"))
-    names = {artifact.read(p).digest: n for p, n in zip((*packages, base), (*TIMED, "fp32, PyTorch"))}
+    names = {artifact.read(path).digest: name for name, path in timed.items()}
     for variant in measured["variants"]:
         variant["name"] = names[variant["digest"]]
     return measured
+
+
+BUILDERS = "fp32, as the builder makes it"
+
+
+def every_token(package: Path, out: Path) -> Path:
+    """The package with a head that answers for every token of a prompt, as ONNX Runtime GenAI's builder leaves it."""
+    if not out.exists():
+        shutil.copytree(package, out)
+        model = onnx.load(str(out / graph.FILE), load_external_data=False)
+        kept = next(tensor for tensor in model.graph.initializer if tensor.name == language.KEPT)
+        kept.CopyFrom(onnx.numpy_helper.from_array(np.array([0]), language.KEPT))
+        logits = next(value for value in model.graph.output if value.name == "logits")
+        logits.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
+        onnx.save(model, str(out / graph.FILE))
+        (out / artifact.MANIFEST).unlink()
+        artifact.seal(out, format="genai", task=decoder.TASK, labels=(), base="")
+    return out
 
 
 def llamacpp(work: Path, base: Path, asked: argparse.Namespace) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def too_large(model: onnx.ModelProto) -> bool:
 
 
 def converted(model: onnx.ModelProto, convert: Callable[[onnx.ModelProto], onnx.ModelProto]) -> onnx.ModelProto:
-    """What a library in C++ makes of a graph; of one that is too large for it without its large tensors' bytes."""
+    """What code in C++ makes of a graph; one that is too large for it goes there without its large tensors' bytes."""
     if not too_large(model):
         return convert(model)
     with _light(model) as weights:

@@ -318,7 +318,7 @@ def _types(model: onnx.ModelProto) -> dict[str, int]:
             raise ModelError(
                 f"the {node.op_type} node {node.name!r} holds a graph of its own. Export without branches."
             )
-    inferred = onnx.shape_inference.infer_shapes(model).graph
+    inferred = graph.converted(model, onnx.shape_inference.infer_shapes).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input, *inferred.output)}
     types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     for node in model.graph.node:

@@ -178,10 +178,22 @@ def test_what_the_exporter_cannot_is_one_sentence(tmp_path, documents, monkeypat
         export.run(source, tmp_path / "out", export.Config(data=str(documents)))
 
 
+def _only_small(function):
+    """The function, which does what it does in C++ with a graph of 2 GB: it fails."""
+
+    def small(model, *more, **others):
+        assert not graph.too_large(model)
+        return function(model, *more, **others)
+
+    return small
+
+
 @pytest.mark.skipif(engine.gpu() is not None, reason="builds ahead of time")
 def test_a_graph_that_one_file_cannot_hold_keeps_its_weights_beside_it(exported, documents, tmp_path, monkeypatch):
     source, small, _ = exported("llama")
-    monkeypatch.setattr(graph, "LARGEST", 30_000)
+    monkeypatch.setattr(graph, "LARGEST", 60_000)
+    for place, name in ((onnx.shape_inference, "infer_shapes"), (onnx.version_converter, "convert_version")):
+        monkeypatch.setattr(place, name, _only_small(getattr(place, name)))
     place, options = {"small": small}, {"data": str(documents), "texts": 20}
     steps = {
         "export.onnx": (source, {"max_length": 64}),
