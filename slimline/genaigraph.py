@@ -4,8 +4,8 @@ The weights stay on disk, where they are read from and written to a tensor at a 
 a node multiplies with is read off the floats themselves, since the builder joins some matrices and splits others.
 
 A matrix of whole numbers becomes a MatMulNBits, which takes floats. One whose inputs are to be int8, too, becomes a
-MatMulIntegerToFloat behind what rounds them, and multiplies as processors do best: with VNNI or AMX a prompt is read
-several times as fast. Behind a prompt only the last token's logits are asked for, and the head is a fifth of a small
+MatMulIntegerToFloat behind what rounds them, and multiplies as processors do best: with AMX these products
+take a sixth of the time. Behind a prompt only the last token's logits are asked for, and the head is a fifth of a small
 model's work: it is given that token alone, unless the input `logits_to_keep` says otherwise.
 
 Shapes: O = outputs, I = inputs, V = vocabulary, W = width, B = texts, T = tokens.
