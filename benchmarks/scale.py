@@ -12,7 +12,8 @@ Figures of earlier runs are kept, so that large sizes can be measured when the m
 any only writes the page. Writes scale.json and scale.md.
 
 With --gpu one layer of a model of 3 and one of 70 thousand million parameters is quantized on an NVIDIA GPU, from
-folder to folder: seconds, and the most memory of the GPU and of the process. Writes scale_gpu.json, and the page.
+folder to folder, and whole models of each size by quantize.gptq: seconds, and the most memory of the GPU and of the
+process. Writes scale_gpu.json, and the page.
 
 Shapes: N = windows, T = tokens, W = width.
 """
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,28 +223,37 @@ def layer_bytes(width: int, feed: int, heads: int, groups: int) -> int:
 
 
 def on_gpu(out: Path, scratch: Path) -> None:
-    """Quantize one layer of each shape on the GPU and write scale_gpu.json. On a machine without one: a tiny layer."""
+    """Quantize one layer of each shape and whole models on the GPU, into scale_gpu.json. Without one: tiny ones."""
     import torch
 
     cuda = torch.cuda.is_available()
-    shapes = GPU_LAYERS if cuda else {"tiny": TINY}
-    windows, length = (GPU_WINDOWS, GPU_LENGTH) if cuda else (2, 64)
-    found: dict[str, Any] = {"machine": bench.machine(), "windows": windows, "length": length, "layers": {}}
+    device, windows, length = ("cuda", GPU_WINDOWS, GPU_LENGTH) if cuda else ("cpu", 2, 64)
+    layers, models = (GPU_LAYERS, SIZES) if cuda else ({"tiny": TINY}, {"tiny": TINY})
+    found: dict[str, Any] = {
+        "machine": bench.machine(), "windows": windows, "length": length, "layers": {}, "models": {},
+    }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="slimline-scale-", dir=scratch) as place:
-        for size, (_, *shape) in {"warm": TINY, **shapes}.items():
-            source = Path(place) / size
-            make(source, 1, *shape, GPU_VOCABULARY, "cuda" if cuda else "cpu")
-            words(source, GPU_VOCABULARY, windows, length)
-            for work in GPU_WORK:
-                told = layer_on_gpu(work, source, Path(place) / f"{size} {work}", windows, length)
+        source = Path(place) / "source"
+
+        def measure(part: str, size: str, work: tuple[str, ...], shape: Sequence[int], vocabulary: int) -> None:
+            layers, width, feed, heads, groups = shape
+            parameters = make(source, layers, width, feed, heads, groups, vocabulary, device)
+            words(source, vocabulary, windows, length)
+            for name in work:
+                told = {"parameters": parameters, **quantized_on_gpu(name, source, windows, length)}
                 if size != "warm":  # what libraries set up once is no layer's time
-                    found["layers"][f"{work} {size}"] = told
-                    print(work, size, told, flush=True)
+                    found[part][f"{name} {size}"] = told
+                    print(part, name, size, told, flush=True)
                     (out / "scale_gpu.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             shutil.rmtree(source)
 
+        for size, (_, *shape) in {"warm": TINY, **layers}.items():
+            measure("layers", size, GPU_WORK, (1, *shape), GPU_VOCABULARY)
+        for size, whole in models.items():
+            measure("models", size, ("quantize.gptq",), whole, VOCABULARY)
 
-def layer_on_gpu(work: str, source: Path, out: Path, windows: int, length: int) -> dict[str, float]:
+
+def quantized_on_gpu(work: str, source: Path, windows: int, length: int) -> dict[str, float]:
     """Seconds from folder to folder, and the most memory that tensors on the GPU and the process itself held."""
     import torch
 
@@ -250,6 +261,7 @@ def layer_on_gpu(work: str, source: Path, out: Path, windows: int, length: int) 
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    out = source.with_name("out")
     out.mkdir()
     module = technique.find(work)
     options: dict[str, Any] = {"search": False} if work == "quantize.rtn" else {}
@@ -273,10 +285,11 @@ def layer_on_gpu(work: str, source: Path, out: Path, windows: int, length: int) 
 
 
 def gpu_table(found: dict[str, Any]) -> list[str]:
-    """What a layer took on a GPU, and all of a model's layers after it."""
+    """What a layer took on a GPU, and all of a model's layers after it; what whole models took."""
     machine = found["machine"]
+    where = machine.get("gpu") or "a processor (a rehearsal)"
     lines = [
-        f"## One layer on {machine.get('gpu') or 'a processor (a rehearsal)'}, measured",
+        f"## One layer on {where}, measured",
         "",
         f"`python -m benchmarks.scale --gpu`: one layer of random weights from folder to folder; quantize.gptq with "
         f"its defaults, on {found['windows']} windows of {found['length']} tokens. torch {machine['torch']}. "
@@ -293,6 +306,23 @@ def gpu_table(found: dict[str, Any]) -> list[str]:
             f"| {work} | {size} | {row['seconds']:.1f} | {row['gpu_bytes'] / 1e9:.1f} | "
             f"{row['gpu_reserved_bytes'] / 1e9:.1f} | {row['own_bytes'] / 1e9:.1f} | "
             f"{row['seconds'] * layers / 60:.1f} |"
+        )
+    lines += [
+        "",
+        f"## Whole models on {where}, measured",
+        "",
+        f"By the same command: the models of the first table, quantize.gptq on {found['windows']} windows of "
+        f"{found['length']} tokens.",
+        "",
+        "| work | parameters, 10^9 | minutes | a 10^9 | GPU GB | GPU GB reserved | own memory GB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for key, row in found["models"].items():
+        minutes = row["seconds"] / 60
+        lines.append(
+            f"| {key.partition(' ')[0]} | {row['parameters'] / 1e9:.2f} | {minutes:.2f} | "
+            f"{minutes / row['parameters'] * 1e9:.2f} | {row['gpu_bytes'] / 1e9:.1f} | "
+            f"{row['gpu_reserved_bytes'] / 1e9:.1f} | {row['own_bytes'] / 1e9:.1f} |"
         )
     return lines
 
