@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from slimline import processor
 from slimline.errors import ConfigError, ModelError
 from slimline.technique import track
 
@@ -199,15 +200,12 @@ ISA = (
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on. Imports none of the libraries whose versions it gives."""
-    info = _read("/proc/cpuinfo")
-    fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    known = processor.this()
     memory = [line.split()[1] for line in _read("/proc/meminfo").splitlines() if line.startswith("MemTotal:")]
     return {
-        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
+        "cpu": known.name or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "isa": [name for name in ISA if name in flags],
+        "isa": [name for name in ISA if known.has(name)],
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip(),
         "memory_bytes": int(memory[0]) * 1024 if memory else 0,
         "os": platform.platform(),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimline import decoder, parity
+from slimline import decoder, graph, parity
 from slimline.errors import ModelError
 from slimline.profiles import PAST
 
@@ -232,7 +232,7 @@ def difference(model: Any, file: Path, prompts: Sequence[Sequence[int]], hint: s
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    session = graph.session(file, options)
     heads, width = cache_shape(model.config)
     names = [value.name for value in session.get_outputs()]
     found: list[parity.Difference] = []

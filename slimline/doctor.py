@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
+from slimline import processor
 from slimline.errors import SlimlineError
 
 GIB = 2**30
@@ -97,16 +98,16 @@ class Findings(BaseModel):
 
 def examine(store: Callable[[], str] | None = None) -> Findings:
     """Look at this machine. `store` says where the store is once it has answered, or raises a SlimlineError."""
-    processor, flags = read_cpuinfo(_text("/proc/cpuinfo"))
+    known = processor.this()
     where, problem = _ask(store)
     gpus = _gpus()
     found = Findings(
         slimline=version("slimline") or "from source",
         python=platform.python_version(),
         system=platform.platform(terse=True),
-        processor=processor or platform.processor(),
+        processor=known.name or platform.processor(),
         machine=platform.machine(),
-        isa=tuple(name for name, any_of in ISA.items() if flags.intersection(any_of)),
+        isa=tuple(name for name, any_of in ISA.items() if known.has(*any_of)),
         cores=_cores(),
         memory_bytes=_memory_bytes(),
         disk_free_bytes=shutil.disk_usage(Path.cwd()).free,
@@ -179,15 +180,6 @@ def _on_room(found: Findings) -> list[str]:
     if found.disk_free_bytes < 2 * GIB:
         said.append("Less than 2 GiB of disk free: a run of the example stores about 1; free some first.")
     return said
-
-
-def read_cpuinfo(text: str) -> tuple[str, set[str]]:
-    """(Model name, flags) of the first processor in the text of /proc/cpuinfo; empty where it says nothing."""
-    fields: dict[str, str] = {}
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip().lower(), value.strip())
-    return fields.get("model name", ""), set((fields.get("flags") or fields.get("features") or "").split())
 
 
 def version(package: str) -> str | None:

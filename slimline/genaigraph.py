@@ -208,7 +208,7 @@ class Rewriting:
         made = onnx.helper.make_node(
             "MatMulNBits", [node.input[0], *names], list(node.output), name, domain=domain, **numbers
         )
-        self.nodes[self.nodes.index(node)] = made
+        self._put_before(node, [made], instead=True)
         return names
 
     def _multiply_rounded(self, node: onnx.NodeProto, matrix: Blocked, inputs: Inputs) -> None:
@@ -227,14 +227,13 @@ class Rewriting:
         multiply = onnx.helper.make_node(
             "MatMulIntegerToFloat",
             [numbers_BTI, f"{name}_Q8", f"{node.input[0]}/scale", f"{name}_scales", MIDDLE],
-            [node.output[0] if inputs.scale else product], node.name, domain="com.microsoft",
+            [product if inputs.scale is None else node.output[0]], node.name, domain="com.microsoft",
         )  # fmt: skip
         made = [multiply]
         if inputs.scale is None:
             scales = f"{node.input[0]}/scales"
             made.append(onnx.helper.make_node("Mul", [product, scales], list(node.output), f"{node.name}/Mul"))
-        self._put_before(node, made)
-        self.nodes.remove(node)
+        self._put_before(node, made, instead=True)
 
     def _round_inputs(self, values: str, numbers: str, inputs: Inputs) -> list[onnx.NodeProto]:
         """Nodes that make int8 of [B, T, I], raised by 128: kernels take inputs from 0 up. As activations.rounded."""
@@ -257,9 +256,9 @@ class Rewriting:
         given = [f"{values}/steps", f"{values}/scale", MIDDLE]
         return [*made, onnx.helper.make_node("QuantizeLinear", given, [numbers], numbers)]
 
-    def _put_before(self, node: onnx.NodeProto, made: list[onnx.NodeProto]) -> None:
+    def _put_before(self, node: onnx.NodeProto, made: list[onnx.NodeProto], instead: bool = False) -> None:
         at = self.nodes.index(node)
-        self.nodes[at:at] = made
+        self.nodes[at : at + instead] = made
 
     def _look_up(self, node: onnx.NodeProto, table: Blocked, names: list[str]) -> None:
         """Make the node look its rows up among these numbers."""
@@ -273,8 +272,7 @@ class Rewriting:
             "GatherBlockQuantized", [flat, node.input[1], names[1]], list(node.output), node.name,
             domain="com.microsoft", **numbers,
         )  # fmt: skip
-        at = self.nodes.index(node)
-        self.nodes[at : at + 1] = [turn, made]
+        self._put_before(node, [turn, made], instead=True)
 
     def _store(self, name: str, matrix: Blocked, kind: Any) -> list[str]:
         """Keep a matrix for the file of weights. Returns the names of its parts."""
@@ -369,9 +367,6 @@ def _put(name: str, values: Array, file: Any) -> onnx.TensorProto:
         tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(values), name)
         return tensor
     kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
-    file.write(b"\0" * (-file.tell() % graph.PAGE_BYTES))
-    tensor = onnx.TensorProto(name=name, dims=values.shape, data_type=kind, data_location=onnx.TensorProto.EXTERNAL)
-    for key, value in (("location", graph.DATA), ("offset", file.tell()), ("length", values.nbytes)):
-        tensor.external_data.add(key=key, value=str(value))
-    values.tofile(file)
+    tensor = onnx.TensorProto(name=name, dims=values.shape, data_type=kind)
+    graph.put_beside(tensor, np.ascontiguousarray(values).view(np.uint8), file)
     return tensor

@@ -15,13 +15,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from slimline.artifact import MANIFEST
 from slimline.errors import ModelError
 
 if TYPE_CHECKING:
     import onnx
+    from typing_extensions import Buffer
 
 FILE = "model.onnx"
 DATA = f"{FILE}.data"
@@ -91,17 +92,22 @@ def write(model: onnx.ModelProto, file: Path) -> None:
     try:
         onnx.checker.check_model(str(file))
     except onnx.checker.ValidationError as error:
-        file.unlink()
+        for written in (file, file.parent / DATA):
+            written.unlink(missing_ok=True)
         reason = " ".join(str(error).split())
         raise ModelError(f"the graph for {file.parent} is not valid ONNX: {reason} Export it again.") from None
 
 
 def _save(model: onnx.ModelProto, file: Path) -> None:
+    beside = file.parent / DATA
     if not too_large(model):
+        beside.unlink(missing_ok=True)  # of a larger graph that was here before
         file.write_bytes(model.SerializeToString(deterministic=True))
         return
     with _light(model) as weights:
-        _write_beside(model, weights, file.parent / DATA)
+        with beside.open("wb") as handle:
+            for tensor in (tensor for tensor in model.graph.initializer if tensor.name in weights):
+                put_beside(tensor, weights[tensor.name], handle)
         file.write_bytes(model.SerializeToString(deterministic=True))
 
 
@@ -141,15 +147,13 @@ def _give_back(model: onnx.ModelProto, weights: dict[str, bytes]) -> None:
             tensor.raw_data = weights[tensor.name]
 
 
-def _write_beside(model: onnx.ModelProto, weights: dict[str, bytes], file: Path) -> None:
-    with file.open("wb") as handle:
-        for tensor in (tensor for tensor in model.graph.initializer if tensor.name in weights):
-            handle.write(b"\0" * (-handle.tell() % PAGE_BYTES))
-            tensor.data_location = tensor.EXTERNAL
-            size = len(weights[tensor.name])
-            for key, value in (("location", file.name), ("offset", handle.tell()), ("length", size)):
-                tensor.external_data.add(key=key, value=str(value))
-            handle.write(weights[tensor.name])
+def put_beside(tensor: onnx.TensorProto, values: Buffer, handle: BinaryIO) -> None:
+    """Write a tensor's bytes to the file of weights, which is named DATA, and say in the tensor where they are."""
+    handle.write(b"\0" * (-handle.tell() % PAGE_BYTES))
+    tensor.data_location = tensor.EXTERNAL
+    for key, value in (("location", DATA), ("offset", handle.tell()), ("length", memoryview(values).nbytes)):
+        tensor.external_data.add(key=key, value=str(value))
+    handle.write(values)
 
 
 def session(model: Path | onnx.ModelProto, options: Any) -> Any:

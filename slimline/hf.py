@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimline import packed
+from slimline import packed, processor
 from slimline.errors import ModelError
 
 if TYPE_CHECKING:
@@ -152,6 +152,15 @@ def device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def has_bf16() -> bool:
+    """Whether the GPU multiplies bf16 in hardware, or the processor in matrix tiles (AMX)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported())
+    return processor.this().has("amx_bf16")
 
 
 def load(folder: Path, labels: Sequence[str] | None = None, seed: int = 0) -> torch.nn.Module:

@@ -20,15 +20,16 @@ import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slimline import artifact, chat, decoder, hf, window
+from slimline import artifact, chat, decoder, hf, processor, window
 from slimline.artifact import Manifest
 from slimline.errors import DataError, ModelError
+from slimline.processor import Processor
 from slimline.sampling import DEFAULT_TOKENS, GREEDY, Floats, Sampling, pick, pieces, until
 
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
@@ -218,21 +219,18 @@ CACHED = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(in
 """What keys and values are kept as, by what ONNX Runtime calls it."""
 
 
-def exact_products(machine: str, cpuinfo: str) -> dict[str, str]:
-    """ONNX Runtime's session entries for a processor, by its name and /proc/cpuinfo.
+def exact_products(machine: str, known: Processor) -> dict[str, str]:
+    """ONNX Runtime's session entries for a processor.
 
     On x86 without VNNI its quickest product of int8 with int8 overflows; the entry takes the next quickest, which on
     other processors would take twice as long for nothing.
     """
-    flags = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "").split()
-    safe = machine not in ("x86_64", "AMD64") or {"avx512_vnni", "avx_vnni"} & set(flags)
+    safe = machine not in ("x86_64", "AMD64") or known.has("avx512_vnni", "avx_vnni")
     return {} if safe else {"session.x64quantprecision": "1"}
 
 
-@cache
 def _entries() -> dict[str, str]:
-    file = Path("/proc/cpuinfo")
-    return exact_products(platform.machine(), file.read_text(encoding="utf-8") if file.is_file() else "")
+    return exact_products(platform.machine(), processor.this())
 
 
 class Graph:

@@ -199,16 +199,6 @@ def validate(model: torch.nn.Module, tokenizer: hf.Tokenizer, split: Split) -> t
     return right, float(log_p_BL[np.arange(len(split.targets)), split.targets].mean())
 
 
-def has_bf16() -> bool:
-    """Whether the GPU multiplies bf16 in hardware, or the processor in matrix tiles (AMX)."""
-    import torch
-
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
-    return "amx_bf16" in flags
-
-
 def autocast(model: torch.nn.Module) -> Callable[[], Any]:
     """bf16 autocast where the hardware has it, else nothing.
 
@@ -217,7 +207,7 @@ def autocast(model: torch.nn.Module) -> Callable[[], Any]:
     """
     import torch
 
-    if not has_bf16():
+    if not hf.has_bf16():
         return nullcontext
     kind = hf.config_device(model).type
     return lambda: torch.autocast(kind, dtype=torch.bfloat16)

@@ -203,14 +203,9 @@ def same_vocabulary(source: Path, teacher: Path) -> None:
 
 def precision(plan: Tuition) -> str:
     """What products are made in: "bf16" or "fp32", for "auto" by what the hardware has; a trial would not repeat."""
-    import torch
-
     if plan.precision != "auto":
         return plan.precision
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
-    return "bf16" if "amx_bf16" in flags else "fp32"
+    return "bf16" if hf.has_bf16() else "fp32"
 
 
 def casting(plan: Tuition) -> Callable[[], Any]:

@@ -2,6 +2,11 @@
 
 import os
 
+# Before anything imports torch, which looks once: tiny tensors gain nothing from a second thread, and lose much when
+# something else has the processor. Tests say the same everywhere: what a GPU makes of techniques is make gpu-check's.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 import pytest
 from hypothesis import settings
 
@@ -16,8 +21,6 @@ from tests.servers import (  # noqa: F401
 from tests.stores import fresh_store, migrated  # noqa: F401
 from tests.tiny import make_data, make_tiny, seal_tiny
 
-# Tests say the same everywhere: what a GPU makes of techniques is make gpu-check's to say.
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 settings.register_profile("untimed", deadline=None)  # a test asserts nothing about time
 settings.load_profile("untimed")
 
@@ -60,14 +63,6 @@ def cluster(kubeflow):
     from tests.kubeflow import client
 
     return client(kubeflow)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """Tiny tensors gain nothing from a second thread, and lose much when something else has the processor."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
 
 
 def pytest_collection_modifyitems(items):

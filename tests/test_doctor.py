@@ -4,18 +4,9 @@ import sys
 
 import pytest
 
-from slimline import doctor
-from slimline.doctor import GIB, Findings, consequences, read_cpuinfo
+from slimline import doctor, processor
+from slimline.doctor import GIB, Findings, consequences
 from slimline.errors import StoreError
-
-CPUINFO = """processor\t: 0
-model name\t: AMD EPYC
-flags\t\t: fpu sse2 avx2 avx512f avx512_vnni
-
-processor\t: 1
-model name\t: another
-flags\t\t: fpu
-"""
 
 ROOM = {"memory_bytes": 16 * GIB, "disk_free_bytes": 100 * GIB, "cores": 2, "machine": "x86_64"}
 
@@ -24,16 +15,9 @@ def said(**found):
     return "\n".join(consequences(Findings(**{**ROOM, **found})))
 
 
-def test_the_first_processor_speaks_for_all():
-    assert read_cpuinfo(CPUINFO) == ("AMD EPYC", {"fpu", "sse2", "avx2", "avx512f", "avx512_vnni"})
-
-
-def test_an_arm_processor_calls_its_flags_features():
-    assert read_cpuinfo("Features\t: fp asimd i8mm bf16\n") == ("", {"fp", "asimd", "i8mm", "bf16"})
-
-
 def test_a_machine_without_proc_is_no_error(monkeypatch):
     monkeypatch.setattr(doctor, "_text", lambda path: "")
+    monkeypatch.setattr(processor, "this", lambda: processor.read(""))
     found = doctor.examine()
     assert found.isa == () and found.cores >= 1 and found.memory_bytes > 0
 

@@ -13,6 +13,7 @@ from slimline import artifact, decoder, grid, keys_values, language, layerwise, 
 from slimline.errors import ConfigError, ModelError
 from slimline.export import genai
 from slimline.packed import Integers, Scheme
+from slimline.processor import Processor
 from slimline.quantize import fp8_w8a8, kv_cache, smoothquant
 from slimline.sampling import Sampling
 from slimline.shards import Weights
@@ -379,6 +380,6 @@ def test_inputs_that_onnx_runtime_has_no_product_for_are_refused(floats, documen
 
 
 def test_only_processors_whose_products_overflow_take_the_slower_ones():
-    with_vnni = "processor : 0\nflags : fpu avx2 avx512f avx512_vnni"
-    assert language.exact_products("x86_64", with_vnni) == language.exact_products("aarch64", "") == {}
-    assert language.exact_products("x86_64", "flags : fpu avx2") == {"session.x64quantprecision": "1"}
+    old, new = (Processor("", frozenset(flags.split())) for flags in ("fpu avx2", "fpu avx2 avx512f avx512_vnni"))
+    assert language.exact_products("x86_64", new) == language.exact_products("aarch64", old) == {}
+    assert language.exact_products("x86_64", old) == {"session.x64quantprecision": "1"}

@@ -44,7 +44,7 @@ from slimline import (
     obq,
     passages,
     window,
-)  # fmt: skip
+)
 from slimline.errors import ConfigError, ModelError
 from slimline.shards import Weights, Writer
 from slimline.technique import BaseConfig, Metrics, Stored, track
@@ -257,7 +257,8 @@ def guard(source: Path, out: Path, tables: dict[str, Array], config: Config) -> 
     source itself, so that the metrics say what the rounded tables and activations cost.
     """
     asked = prompts(source, Path(config.data))
-    plain, twin = _source_logits(source, tables, asked)
+    settings = hf.read_config(source).get("quantization_config") or {}
+    plain, twin, moved = _source_logits(source, tables, asked, bool(activations.kinds(settings)))
     try:
         exact, served = _package_logits(out, asked)
     except ModelError:
@@ -265,9 +266,8 @@ def guard(source: Path, out: Path, tables: dict[str, Array], config: Config) -> 
             raise
         return {"parity_checked": 0.0}  # a graph for a GPU that this machine lacks
     near, cost = difference(twin, exact), difference(plain, served)
-    settings = hf.read_config(source).get("quantization_config") or {}
     if keys_values.asked(settings, str(source)) or activations.kinds(settings):
-        most = max(CACHE_KL, PERTURBATIONS * _perturbed(source, asked) if activations.kinds(settings) else 0)
+        most = max(CACHE_KL, PERTURBATIONS * moved)
         if not near.kl_mean <= most:
             raise ModelError(
                 f"the graph is {near.kl_mean:.3g} nats from its source, not at most {most:.3g}. {genaigraph.AGAIN}"
@@ -332,18 +332,32 @@ def difference(source: list[Array], package: list[Array]) -> Difference:
     )
 
 
-def _source_logits(source: Path, tables: dict[str, Array], asked: list[list[int]]) -> tuple[list[Array], list[Array]]:
-    """Logits of the source, and of the source with these tables; the longest prompt's twice, as the package gives."""
+def _source_logits(
+    source: Path, tables: dict[str, Array], asked: list[list[int]], moving: bool
+) -> tuple[list[Array], list[Array], float]:
+    """Logits of the source, and of the source with these tables; the longest prompt's twice, as the package gives.
+
+    Last, where `moving`, how far the source is from itself in nats when its embedding is off by a millionth.
+    """
     import torch
 
     model, kind = decoder.load(source), decoder.family(hf.read_config(source), source)
-    plain = _logits(model, asked)
+    plain, moved = _logits(model, asked), 0.0
+
+    def replace(name: str, weight: torch.Tensor) -> None:
+        model.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)  # one that is tied stays
+
+    if moving:
+        weight_VW: Any = model.get_submodule(kind.embedding).weight
+        noise_VW = torch.randn(weight_VW.shape, generator=torch.Generator().manual_seed(0)).to(weight_VW)
+        replace(kind.embedding, weight_VW * (1 + PERTURBATION * noise_VW))
+        moved = difference(plain, _logits(model, asked)).kl_mean
+        replace(kind.embedding, weight_VW)
     if not tables:
-        return plain, plain
+        return plain, plain, moved
     for name, table in ((kind.embedding, "embedding"), (kind.head, "head")):
-        weight = torch.from_numpy(tables[table]).to(hf.config_device(model))
-        model.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)
-    return plain, _logits(model, asked)
+        replace(name, torch.from_numpy(tables[table]).to(hf.config_device(model)))
+    return plain, _logits(model, asked), moved
 
 
 def _logits(model: Any, asked: list[list[int]]) -> list[Array]:
@@ -354,19 +368,6 @@ def _logits(model: Any, asked: list[list[int]]) -> list[Array]:
         found = [model(torch.tensor([ids], device=hf.config_device(model))).logits[0] for ids in asked]
     arrays = [logits.float().cpu().numpy() for logits in found]
     return [*arrays, arrays[-1]]
-
-
-def _perturbed(source: Path, asked: list[list[int]]) -> float:
-    """How far the source is from itself when its embedding is off by a millionth, in nats."""
-    import torch
-
-    model, kind = decoder.load(source), decoder.family(hf.read_config(source), source)
-    plain, embedding = _logits(model, asked), model.get_submodule(kind.embedding)
-    weight: Any = embedding.weight
-    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
-    moved = weight * (1 + PERTURBATION * noise)
-    embedding.weight = torch.nn.Parameter(moved, requires_grad=False)  # a head that is tied stays as it was
-    return difference(plain, _logits(model, asked)).kl_mean
 
 
 def _package_logits(out: Path, asked: list[list[int]]) -> tuple[list[Array], list[Array]]:
