@@ -219,6 +219,11 @@ CACHED = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(in
 """What keys and values are kept as, by what ONNX Runtime calls it."""
 
 
+CHUNK = 256
+"""Tokens of a prompt that a processor reads at once. Its attention computes what later tokens would say to earlier ones,
+and leaves that out of the sums: in chunks there is less of it. ONNX Runtime GenAI 0.18 reads several texts whole only."""
+
+
 def exact_products(machine: str, known: Processor) -> dict[str, str]:
     """ONNX Runtime's session entries for a processor.
 
@@ -318,8 +323,9 @@ class GenaiLanguageModel(LanguageModel):
         several = len(ids_BT) > 1
         # min_length: of several texts none ends before the others, as the runtime would have it
         params.set_search_options(
-            max_length=limit, min_length=limit if several else 0, batch_size=len(ids_BT), do_sample=False
-        )
+            max_length=limit, min_length=limit if several else 0, batch_size=len(ids_BT), do_sample=False,
+            chunk_size=0 if several or device(self.folder) != "cpu" else CHUNK,
+        )  # fmt: skip
         generator = onnxruntime_genai.Generator(self.model, params)
         generator.append_tokens(ids_BT.astype(np.int32))
         return _last(generator), generator

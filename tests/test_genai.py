@@ -379,6 +379,25 @@ def test_inputs_that_onnx_runtime_has_no_product_for_are_refused(floats, documen
         export(source, tmp_path / "cuda", data=documents, device="cuda")
 
 
+@pytest.mark.parametrize("length", [13, 15, 16])
+def test_a_prompt_in_chunks_says_what_it_says_at_once(float_package, length, monkeypatch):
+    model = language.load(float_package[0])
+    ids_BT = np.random.default_rng(length).integers(3, 29, size=(1, length))
+    monkeypatch.setattr(language, "CHUNK", 5)
+    read = model.prefill(ids_BT, room=1)
+    np.testing.assert_allclose(read.logits_BV, model.logits(ids_BT)[:, -1], atol=1e-4)
+    token = read.logits_BV.argmax(axis=1)
+    after = model.logits(np.concatenate([ids_BT, token[:, None]], axis=1))[:, -1]
+    np.testing.assert_allclose(model.step(read, int(token[0])).logits_BV, after, atol=1e-4)
+
+
+def test_several_prompts_are_read_whole(float_package, monkeypatch):
+    model = language.load(float_package[0])
+    ids_BT = np.random.default_rng(1).integers(3, 29, size=(2, 12))
+    monkeypatch.setattr(language, "CHUNK", 5)
+    np.testing.assert_allclose(model.prefill(ids_BT, room=1).logits_BV, model.logits(ids_BT)[:, -1], atol=1e-4)
+
+
 def test_only_processors_whose_products_overflow_take_the_slower_ones():
     old, new = (Processor("", frozenset(flags.split())) for flags in ("fpu avx2", "fpu avx2 avx512f avx512_vnni"))
     assert language.exact_products("x86_64", new) == language.exact_products("aarch64", old) == {}
