@@ -368,5 +368,5 @@ def _put(name: str, values: Array, file: Any) -> onnx.TensorProto:
         return tensor
     kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
     tensor = onnx.TensorProto(name=name, dims=values.shape, data_type=kind)
-    graph.put_beside(tensor, np.ascontiguousarray(values).view(np.uint8), file)
+    graph.put_beside(tensor, np.ascontiguousarray(values).view(np.uint8).reshape(-1).data, file)
     return tensor

@@ -22,7 +22,6 @@ from slimline.errors import ModelError
 
 if TYPE_CHECKING:
     import onnx
-    from typing_extensions import Buffer
 
 FILE = "model.onnx"
 DATA = f"{FILE}.data"
@@ -147,11 +146,11 @@ def _give_back(model: onnx.ModelProto, weights: dict[str, bytes]) -> None:
             tensor.raw_data = weights[tensor.name]
 
 
-def put_beside(tensor: onnx.TensorProto, values: Buffer, handle: BinaryIO) -> None:
+def put_beside(tensor: onnx.TensorProto, values: bytes | memoryview, handle: BinaryIO) -> None:
     """Write a tensor's bytes to the file of weights, which is named DATA, and say in the tensor where they are."""
     handle.write(b"\0" * (-handle.tell() % PAGE_BYTES))
     tensor.data_location = tensor.EXTERNAL
-    for key, value in (("location", DATA), ("offset", handle.tell()), ("length", memoryview(values).nbytes)):
+    for key, value in (("location", DATA), ("offset", handle.tell()), ("length", len(values))):
         tensor.external_data.add(key=key, value=str(value))
     handle.write(values)
 
