@@ -220,8 +220,10 @@ CACHED = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(in
 
 
 CHUNK = 256
-"""Tokens of a prompt that a processor reads at once. Its attention computes what later tokens would say to earlier ones,
-and leaves that out of the sums: in chunks there is less of it. ONNX Runtime GenAI 0.18 reads several texts whole only."""
+"""Tokens of a prompt that a processor reads at once. Its attention computes what earlier tokens would hear of later
+ones, too, and leaves that out of the sums: in chunks there is less of it. ONNX Runtime GenAI 0.18 reads several texts
+whole only.
+"""
 
 
 def exact_products(machine: str, known: Processor) -> dict[str, str]:
