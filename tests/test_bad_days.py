@@ -48,6 +48,7 @@ MAKING = ["runs/create", "logged-models$", "registered-models/create", "model-ve
 LOST = [*MAKING, "experiments/create", "runs/log-batch", "runs/update", "registered-models/alias", "logged-models/m-"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", LOST)
 def test_what_the_server_did_before_its_answer_was_lost_is_not_done_again(spoiled, tmp_path, monkeypatch, call):
     tracking, _ = spoiled

@@ -91,6 +91,7 @@ def rehearsed(tmp_path_factory):
         return gpu_llm.measure(asked, folder / "models"), folder
 
 
+@pytest.mark.slow
 def test_a_rehearsal_makes_all_forms_and_finds_them_right(rehearsed):
     found, folder = rehearsed
     assert found["skipped"] == {}
@@ -102,6 +103,7 @@ def test_a_rehearsal_makes_all_forms_and_finds_them_right(rehearsed):
     assert json.loads((folder / "gpu_llm.json").read_text())["steps"]["2"].keys() == found["steps"]["2"].keys()
 
 
+@pytest.mark.slow
 def test_the_page_has_a_roofline_beside_every_row_and_says_what_is_slower(rehearsed):
     found, folder = rehearsed
     told = (folder / "gpu_llm.md").read_text()
@@ -116,6 +118,7 @@ def test_the_page_has_a_roofline_beside_every_row_and_says_what_is_slower(rehear
     ]
 
 
+@pytest.mark.slow
 def test_a_kernel_that_strays_is_left_out_and_a_form_without_one_is_refused(rehearsed, monkeypatch):
     _, folder = rehearsed
     broken = runner.Kernel("broken", "", runner._plain, lambda x, _, weight: runner.Product(2 * x @ weight.T))
