@@ -8,15 +8,19 @@ every runtime is asked about the very same. With --quantize each model
 is first quantized by llama.cpp itself, into files beside windows.json.
 
 Built for this machine's processor: CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python. On one Xeon that build
-(0.3.36) crashed at the first token, in ggml's AMX code; it ran once the kernel refused AMX to it (arch_prctl 0x1023).
+(0.3.36) crashed at the first token, in ggml's AMX code; with --without-amx the kernel refuses AMX to it, and it runs.
 
 Timings of all models are interleaved, repeat by repeat: what slows the machine slows them all.
 """
 
 import argparse
+import ctypes
+import errno
 import json
 import math
+import os
 import statistics
+import struct
 import sys
 import time
 from pathlib import Path
@@ -28,6 +32,8 @@ Window = dict[str, list[int]]
 
 def main() -> None:
     asked = arguments()
+    if asked.without_amx:
+        refuse_amx()
     import llama_cpp
 
     windows = json.loads(asked.windows.read_text(encoding="utf-8"))
@@ -44,6 +50,7 @@ def main() -> None:
     about = {
         "llama_cpp_python": llama_cpp.__version__,
         "system": llama_cpp.llama_print_system_info().decode().strip(" |"),
+        "without_amx": asked.without_amx,
         "threads": asked.threads,
         "prefill_tokens": asked.prefill,
         "decode_tokens": asked.decode,
@@ -61,6 +68,7 @@ def arguments() -> argparse.Namespace:
         "--quantize", nargs="*", default=[], help="and what llama.cpp makes of each: q4_0, q8_0, q4_k_m"
     )
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--without-amx", action="store_true", help="let the kernel refuse AMX, on x86 under Linux")
     parser.add_argument("--prefill", type=int, default=512, help="tokens read at once")
     parser.add_argument("--decode", type=int, default=128, help="tokens read one by one, as when generating")
     parser.add_argument("--repeats", type=int, default=5)
@@ -68,6 +76,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cache", choices=("f16", "f32"), default="f16", help="what keys and values are kept in")
     parser.add_argument("--logits", type=Path, help="a folder for the first window's logits, MODEL.npy [tokens, words]")
     return parser.parse_args()
+
+
+def refuse_amx() -> None:
+    """From here on the kernel denies arch_prctl(ARCH_REQ_XCOMP_PERM), which asks for AMX's tiles: a seccomp filter."""
+    arch_prctl, request, permit, deny = 158, 0x1023, 0x7FFF0000, 0x00050000 | errno.EPERM
+    load, jump_if_equal, answer = 0x20, 0x15, 0x06  # of BPF; it sees the call at 0 and arguments from 16 on
+    steps = [
+        (load, 0, 0, 0), (jump_if_equal, 0, 3, arch_prctl), (load, 0, 0, 16), (jump_if_equal, 0, 1, request),
+        (answer, 0, 0, deny), (answer, 0, 0, permit),
+    ]  # fmt: skip
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = ctypes.create_string_buffer(struct.pack("HP", len(steps), ctypes.addressof(code)))
+    kernel = ctypes.CDLL(None, use_errno=True)
+    no_new_privileges, seccomp, filter_mode = 38, 22, 2
+    if kernel.prctl(no_new_privileges, 1, 0, 0, 0) or kernel.prctl(seccomp, filter_mode, program, 0, 0):
+        sys.exit(f"the kernel takes no filter: {os.strerror(ctypes.get_errno())}.")
 
 
 def quantize(model: Path, kind: str, folder: Path) -> Path:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from slimline import artifact, bench, decoder, graph, language, scoring, step
+from slimline import artifact, bench, decoder, graph, language, processor, scoring, step
 from slimline.scoring import ScoringConfig
 
 HERE = Path(__file__).parent
@@ -202,6 +202,7 @@ def llamacpp(work: Path, base: Path, asked: argparse.Namespace) -> dict[str, Any
     models = [str(next(gguf.glob("*.gguf"))), *map(str, asked.gguf)]
     command = [asked.llamacpp, str(HERE / "llamacpp.py"), str(work / "windows.json"), models[0]]
     command += [*models[1:], "--quantize", "q4_0", "q8_0", "--threads", "2"]
+    command += ["--without-amx"] if processor.this().has("amx_int8") else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     numbers: dict[str, Any] = json.loads(done.stdout)
     return numbers
@@ -246,15 +247,18 @@ def _speed(found: dict[str, Any]) -> list[str]:
     lines = [
         "",
         f"Reading and writing, {measured['threads']} threads, one text at a time, {measured['tokens']} tokens "
-        f"behind a prompt, all interleaved; ratios are against {first['name']}, with 95 % intervals:",
+        f"behind a prompt of {lengths[0]} or {lengths[-1]}, all interleaved; ratios are against {first['name']}, with "
+        "95 % intervals. How much slower a long prompt makes the next token is attention, which is the same in all:",
         "",
-        f"| | decode, tokens/s | ratio | prefill of {lengths[-1]}, tokens/s | ratio | peak memory, MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| | decode behind {lengths[0]}, tokens/s | ratio | behind {lengths[-1]} | prefill of {lengths[-1]}, tokens/s "
+        "| ratio | peak memory, MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for v in measured["variants"]:
         ratios = [f"{v[k]:.2f}x ({v[f'{k}_low']:.2f}-{v[f'{k}_high']:.2f})" for k in ("speedup", "batch_speedup")]
         lines.append(
-            f"| {v['name']} | {1000 / v['p50_ms']:.1f} | {ratios[0]} | {v['throughput_per_s']:.0f} | {ratios[1]} | "
+            f"| {v['name']} | {1000 / v['p50_ms']:.1f} | {ratios[0]} | "
+            f"{v[f'decode_{lengths[-1]}_tokens_per_s']:.1f} | {v['throughput_per_s']:.0f} | {ratios[1]} | "
             f"{v['peak_memory_bytes'] / 1e6:.0f} |"
         )
     return lines
@@ -266,11 +270,12 @@ def _llamacpp(found: dict[str, Any]) -> list[str]:
     measured = found["llamacpp"]
     lines = [
         "",
-        f"llama.cpp (bindings {measured['llama_cpp_python']}, {measured['threads']} threads, {measured['system']}), "
-        f"on the files that it makes of `export.gguf`'s, a prompt of {measured['prefill_tokens']} tokens, the same "
-        "documents in the same windows:",
+        f"llama.cpp (bindings {measured['llama_cpp_python']}, {measured['threads']} threads, {measured['system']}"
+        f"{', of which AMX was refused to it' if measured['without_amx'] else ''}), "
+        f"on the files that it makes of `export.gguf`'s, a prompt of {measured['prefill_tokens']} tokens and "
+        f"{measured['decode_tokens']} behind it, the same documents in the same windows:",
         "",
-        "| | decode, tokens/s | prefill, tokens/s | perplexity | file, MB |",
+        f"| | decode behind {measured['prefill_tokens']}, tokens/s | prefill, tokens/s | perplexity | file, MB |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name, v in measured["models"].items():

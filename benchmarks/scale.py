@@ -349,7 +349,7 @@ def page(known: dict[str, Any]) -> str:
         for size, shape in SIZES.items():
             found = runs.get(f"{work} {size}")
             if found is None:
-                lines.append(f"| {work} | {size} | not measured yet | | | | | | |")
+                lines.append(f"| {work} | {size} | on a GPU alone, below | | | | | | |")
                 continue
             minutes, own = found["processor_seconds"] / 60, found["own_bytes"] - found["before_bytes"]
             layer, inputs = layer_bytes(*shape[1:]), inputs_bytes(work, shape[1])
