@@ -212,6 +212,17 @@ def device(package: Path) -> str:
     return "cuda" if any("cuda" in provider for provider in inside.get("provider_options", [])) else "cpu"
 
 
+CUDA = "CUDAExecutionProvider"
+
+
+def providers(package: Path) -> list[str]:
+    """What ONNX Runtime runs a package's graph on here: the processor where there is no GPU that it is for."""
+    import onnxruntime
+
+    wanted = [CUDA] if device(package) == "cuda" else []
+    return [name for name in (*wanted, "CPUExecutionProvider") if name in onnxruntime.get_available_providers()]
+
+
 KEPT = "logits_to_keep"
 """The input of a package's graph, int64 [1], that says behind how many of the last tokens logits are asked for: 0 for
 all; without it, 1 (as in transformers)."""
@@ -252,11 +263,10 @@ class Graph:
         options.enable_mem_pattern = False  # it plans for one length, and every text has another
         for key, value in _entries().items():
             options.add_session_config_entry(key, value)
-        providers = ["CUDAExecutionProvider"] if device(package) == "cuda" else ["CPUExecutionProvider"]
         values = json.loads((package / GENAI).read_text(encoding="utf-8"))
         self.head_width = int(values["model"]["decoder"]["head_size"])
         try:
-            self.session = onnxruntime.InferenceSession(str(package / name), options, providers=providers)
+            self.session = onnxruntime.InferenceSession(str(package / name), options, providers=providers(package))
         except Exception as error:  # ONNX Runtime has a dozen unrelated classes for this
             raise ModelError(f"{package} does not load: {_line(error)}. Export it again.") from None
         self.overridable = {node.name for node in self.session.get_overridable_initializers()}
@@ -302,6 +312,11 @@ class GenaiLanguageModel(LanguageModel):
         """The package in ONNX Runtime GenAI."""
         import onnxruntime_genai
 
+        if device(self.folder) == "cuda" and CUDA not in providers(self.folder):
+            raise ModelError(
+                f"{self.folder} is for an NVIDIA GPU, which ONNX Runtime finds none of here. Serve it where one is, "
+                "with onnxruntime-gpu and onnxruntime-genai-cuda, or export it with device=cpu."
+            )
         entries: dict[str, Any] = {**_entries(), **({"intra_op_num_threads": self.threads} if self.threads else {})}
         try:
             config = onnxruntime_genai.Config(str(self.folder))

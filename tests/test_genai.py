@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from slimline import artifact, decoder, grid, keys_values, language, layerwise, packed, probe, step
-from slimline.errors import ConfigError, ModelError
+from slimline.errors import ModelError
 from slimline.export import genai
 from slimline.packed import Integers, Scheme
 from slimline.processor import Processor
@@ -262,9 +262,20 @@ def test_a_window_that_the_graph_would_lose_is_refused(tmp_path, documents):
         export(source, tmp_path / "out", data=documents)
 
 
-def test_half_precision_is_for_gpus(floats, tmp_path, documents):
-    with pytest.raises(ConfigError, match="float16 is for device cuda"):
-        export(floats, tmp_path / "out", data=documents, dtype="float16")
+def test_a_package_for_gpus_is_of_float16_and_checked_on_a_processor_where_there_is_none(whole, tmp_path, documents):
+    out, metrics = export(whole, tmp_path / "out", data=documents, device="cuda")
+    assert language.device(out) == "cuda" and language.providers(out) == ["CPUExecutionProvider"]
+    model, found = tensors(out)
+    scales = {node.input[2] for node in model.graph.node if node.op_type == "MatMulNBits"}
+    assert {found[name].dtype for name in scales} == {np.dtype(np.float16)}
+    assert metrics["parity_checked"] == 1.0 and metrics["kl_mean"] < 0.05
+    with pytest.raises(ModelError, match="is for an NVIDIA GPU, which ONNX Runtime finds none of here"):
+        language.load(out).generate(["Hello"])
+
+
+def test_a_package_for_gpus_that_strays_is_refused_without_one(whole, tmp_path, documents):
+    with pytest.raises(ModelError, match="differs from its source"):
+        export(whole, tmp_path / "out", data=documents, device="cuda", tolerance=1e-7)
 
 
 @pytest.mark.slow

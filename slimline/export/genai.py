@@ -45,7 +45,7 @@ from slimline import (
     passages,
     window,
 )
-from slimline.errors import ConfigError, ModelError
+from slimline.errors import ModelError
 from slimline.shards import Weights, Writer
 from slimline.technique import BaseConfig, Metrics, Stored, track
 
@@ -70,6 +70,9 @@ BUILT = {
 }
 """Families that the builder knows, by the name that it knows them by."""
 
+FLOATS = {"cpu": ("fp32", 1e-3), "cuda": ("fp16", 1e-2)}
+"""What stays floats, as the builder calls it, and how far they may be off. ONNX Runtime's attention knows no other."""
+
 SLIDES = ("gemma2",)
 """Families whose sliding windows the builder carries: of mistral it makes a graph that looks back without end."""
 
@@ -79,14 +82,20 @@ INT8 = "On cpu it keeps them as whole numbers: quantize.kv_cache with form=int8"
 
 class Config(BaseConfig):
     data: Stored = Field(description="texts (calibration split) on which the package must say what its source says")
-    device: Literal["cpu", "cuda"] = Field("cpu", description="what the package is for")
-    dtype: Literal["float32", "float16"] = Field("float32", description="of what stays floats; float16 on cuda only")
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="what the package is for; what stays floats is float32 on cpu and float16 on cuda"
+    )
     head_bits: Literal[0, 4, 8] | None = Field(
         None,
         description="of the head: 0 leaves it and the embedding floats; by default 8, and 0 for a model of floats",
     )
     accuracy_level: int = Field(4, ge=0, le=4, description="4 rounds activations to int8 while they run, 0 or 1 do not")
-    tolerance: float = Field(1e-3, gt=0, le=0.1, description="in float arithmetic, as a fraction of the largest logit")
+    tolerance: float | None = Field(
+        None,
+        gt=0,
+        le=0.1,
+        description="in float arithmetic, as a fraction of the largest logit; by default 0.001 on cpu and 0.01 on cuda",
+    )
     kl: float = Field(0.05, gt=0, description="largest mean divergence of the next token from the source, in nats")
 
 
@@ -119,7 +128,7 @@ def run(source: Path, out: Path, config: Config) -> Metrics:
 
 
 def check(source: Path, config: Config) -> None:
-    """Raise ModelError or ConfigError for what the builder makes no sound graph of."""
+    """Raise ModelError for what the builder makes no sound graph of."""
     values = hf.read_config(source)
     kind = decoder.family(values, source)
     settings = values.get("quantization_config") or {}
@@ -136,8 +145,6 @@ def check(source: Path, config: Config) -> None:
             f"{source} is a {values['model_type']} model, which ONNX Runtime GenAI's builder does not know. "
             f"It knows {', '.join(BUILT)}."
         )
-    if config.device == "cpu" and config.dtype == "float16":
-        raise ConfigError("dtype float16 is for device cuda: on the processor ONNX Runtime computes in float32.")
     back, context = values.get("sliding_window"), decoder.context(values)
     slides = values.get("use_sliding_window", True) and back and back < context
     if slides and values["model_type"] not in SLIDES:
@@ -190,7 +197,7 @@ def cache_scales(source: Path, file: Path) -> list[str]:
 
 def build(floats: Path, out: Path, config: Config, more: list[str]) -> None:
     """Let the builder make the graph, in a process of its own: it takes module names that are too common to share."""
-    precision = {"float32": "fp32", "float16": "fp16"}[config.dtype]
+    precision, _ = FLOATS[config.device]
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(floats), "-o", str(out)]
     command += ["-p", precision, "-e", config.device, "-c", str(out.parent / "cache")]
     # a cache of a window's size would need its buffers laid out by the runtime, and saves nothing up to that length
@@ -262,9 +269,9 @@ def guard(source: Path, out: Path, tables: dict[str, Array], config: Config) -> 
     try:
         exact, served = _package_logits(out, asked)
     except ModelError:
-        if config.device == "cpu":
+        if config.device == "cpu" or language.CUDA in language.providers(out):
             raise
-        return {"parity_checked": 0.0}  # a graph for a GPU that this machine lacks
+        return {"parity_checked": 0.0}  # a graph for a GPU that this machine lacks, and that its processor cannot run
     near, cost = difference(twin, exact), difference(plain, served)
     if keys_values.asked(settings, str(source)) or activations.kinds(settings):
         most = max(CACHE_KL, PERTURBATIONS * moved)
@@ -272,10 +279,10 @@ def guard(source: Path, out: Path, tables: dict[str, Array], config: Config) -> 
             raise ModelError(
                 f"the graph is {near.kl_mean:.3g} nats from its source, not at most {most:.3g}. {genaigraph.AGAIN}"
             )
-    elif not near.max_abs <= config.tolerance * near.scale:
+    elif not near.max_abs <= (most := (config.tolerance or FLOATS[config.device][1]) * near.scale):
         raise ModelError(
-            f"the graph differs from its source by {near.max_abs:.3g} in a logit, not at most "
-            f"{config.tolerance * near.scale:.3g}. Raise the tolerance only if you know why."
+            f"the graph differs from its source by {near.max_abs:.3g} in a logit, not at most {most:.3g}. "
+            "Raise the tolerance only if you know why."
         )
     if not cost.kl_mean <= config.kl:
         raise ModelError(
