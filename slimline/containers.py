@@ -40,6 +40,8 @@ PASSED = ("AWS_", "MLFLOW_", "SLIMLINE_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY
 LABEL = "slimline.launcher"
 POLL_S, LOOK_S = 0.25, 2.0
 """How often a container is asked whether it has ended, and what it has written."""
+KILLED, REMOVAL_S = 137, 5.0
+"""What a container that was killed exits with, and how long the engine may take to remove it after that."""
 PLACEHOLDER = re.compile(r"\{\{\$\.inputs\.parameters\['(.+)'\]\}\}")
 
 
@@ -147,7 +149,11 @@ class Containers:
             while code is None:
                 code = self._exit_code(LOOK_S)
                 written += handle.write(self.container.logs()[written:])
-        if self.container.attrs["State"].get("OOMKilled") or (code == 137 and limit):
+        for_memory = self.container.attrs["State"].get("OOMKilled")
+        if code == KILLED and not for_memory:  # some engines do not say; and whoever removes a container kills it first
+            time.sleep(REMOVAL_S)
+            self.container.reload()
+        if for_memory or (code == KILLED and limit):
             asked = f"the {limit} that the pipeline asks for it" if limit else "this machine has"
             raise StoreError(
                 f"step {step} was killed for memory: it needed more than {asked}. Raise its memory limit, or give it "
