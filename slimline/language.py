@@ -304,15 +304,15 @@ class GenaiLanguageModel(LanguageModel):
         super().__init__(path, manifest)
         import onnxruntime_genai
 
-        self.threads = threads
-        self.runtime = f"ONNX Runtime GenAI {onnxruntime_genai.__version__} ({device(path)})"
+        self.threads, self.device = threads, device(path)
+        self.runtime = f"ONNX Runtime GenAI {onnxruntime_genai.__version__} ({self.device})"
 
     @cached_property
     def model(self) -> Any:
         """The package in ONNX Runtime GenAI."""
         import onnxruntime_genai
 
-        if device(self.folder) == "cuda" and CUDA not in providers(self.folder):
+        if self.device == "cuda" and CUDA not in providers(self.folder):
             raise ModelError(
                 f"{self.folder} is for an NVIDIA GPU, which ONNX Runtime finds none of here. Serve it where one is, "
                 "with onnxruntime-gpu and onnxruntime-genai-cuda, or export it with device=cpu."
@@ -341,7 +341,7 @@ class GenaiLanguageModel(LanguageModel):
         # min_length: of several texts none ends before the others, as the runtime would have it
         params.set_search_options(
             max_length=limit, min_length=limit if several else 0, batch_size=len(ids_BT), do_sample=False,
-            chunk_size=0 if several or device(self.folder) != "cpu" else CHUNK,
+            chunk_size=0 if several or self.device != "cpu" else CHUNK,
         )  # fmt: skip
         generator = onnxruntime_genai.Generator(self.model, params)
         generator.append_tokens(ids_BT.astype(np.int32))
