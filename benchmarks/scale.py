@@ -228,7 +228,7 @@ def on_gpu(out: Path, scratch: Path) -> None:
 
     cuda = torch.cuda.is_available()
     device, windows, length = ("cuda", GPU_WINDOWS, GPU_LENGTH) if cuda else ("cpu", 2, 64)
-    layers, models = (GPU_LAYERS, SIZES) if cuda else ({"tiny": TINY}, {"tiny": TINY})
+    shapes, models = (GPU_LAYERS, SIZES) if cuda else ({"tiny": TINY}, {"tiny": TINY})
     found: dict[str, Any] = {
         "machine": bench.machine(), "windows": windows, "length": length, "layers": {}, "models": {},
     }  # fmt: skip
@@ -247,7 +247,7 @@ def on_gpu(out: Path, scratch: Path) -> None:
                     (out / "scale_gpu.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             shutil.rmtree(source)
 
-        for size, (_, *shape) in {"warm": TINY, **layers}.items():
+        for size, (_, *shape) in {"warm": TINY, **shapes}.items():
             measure("layers", size, GPU_WORK, (1, *shape), GPU_VOCABULARY)
         for size, whole in models.items():
             measure("models", size, ("quantize.gptq",), whole, VOCABULARY)
@@ -349,7 +349,7 @@ def page(known: dict[str, Any]) -> str:
         for size, shape in SIZES.items():
             found = runs.get(f"{work} {size}")
             if found is None:
-                lines.append(f"| {work} | {size} | on a GPU alone, below | | | | | | |")
+                lines.append(f"| {work} | {size} | not measured on a processor | | | | | | |")
                 continue
             minutes, own = found["processor_seconds"] / 60, found["own_bytes"] - found["before_bytes"]
             layer, inputs = layer_bytes(*shape[1:]), inputs_bytes(work, shape[1])
